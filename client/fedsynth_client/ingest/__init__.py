@@ -1,0 +1,1 @@
+"""From the files that a hospital has to a prepared cohort."""

@@ -1,0 +1,262 @@
+"""The study plan: one TOML file that names everything that matters, identified by its digest.
+
+A site approves a digest, so two plans that differ in any value are two studies. Unknown keys are errors: a misspelt
+privacy parameter must never fall back to a default unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedsynth.errors import UsageError
+from fedsynth.morphology import FEATURES
+from fedsynth.toml import load_toml
+
+Module = Literal["autoencoder", "radiogenomics", "gan"]
+MODULES: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A table of the plan: immutable, unknown keys forbidden, no silent type conversion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ImagePlan(Section):
+    """The grid that every patient is resampled to: `slices` axial planes of `size` x `size` pixels, LPS order."""
+
+    sequences: list[str] = ["T1", "T1c", "FLAIR"]
+    size: Literal[32, 64, 128] = 64
+    slices: Count = 16
+    pixel_spacing_mm: Positive = 3.0
+    slice_spacing_mm: Positive = 7.0
+
+    @model_validator(mode="after")
+    def _sequences_are_distinct(self) -> Self:
+        if not self.sequences or len(set(self.sequences)) != len(self.sequences):
+            raise ValueError("image.sequences must name at least one sequence, each once")
+        return self
+
+
+class GenePlan(Section):
+    """The gene panel and the public references that a profile is mapped to.
+
+    A profile is mapped gene-wise: its within-sample rank is replaced by the value of the reference quantile function at
+    that rank, then centred and scaled per gene by public constants. No statistic of a site's patients is used.
+    Abundances (counts, TPM, log TPM) and per-gene z-scores rank differently, so a study takes one `measure` or the other.
+    """
+
+    panel: list[str] = Field(min_length=2)
+    measure: Literal["abundance", "zscore"] = "abundance"
+    reference_quantiles: list[float] = Field(min_length=2, description="quantile function on an even grid over [0, 1]")
+    center: list[float]
+    scale: list[Positive]
+    clip: Positive = 4.0
+    min_coverage: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if len(set(self.panel)) != len(self.panel):
+            raise ValueError("genes.panel names a gene twice")
+        if not len(self.panel) == len(self.center) == len(self.scale):
+            raise ValueError("genes.center and genes.scale need one value for each gene of genes.panel")
+        if any(b < a for a, b in zip(self.reference_quantiles, self.reference_quantiles[1:], strict=False)):
+            raise ValueError("genes.reference_quantiles must not decrease")
+        return self
+
+
+class LabelPlan(Section):
+    """The patient label: a column of the clinical table and its classes, in the order of their codes 0, 1, ..."""
+
+    name: str = "grade"
+    classes: list[str] = Field(default=["low", "high"], min_length=2)
+
+
+class MorphologyPlan(Section):
+    """Which features of `fedsynth.morphology.FEATURES` the study uses, in this order."""
+
+    features: list[str] = [feature.name for feature in FEATURES]
+
+    @model_validator(mode="after")
+    def _features_exist(self) -> Self:
+        known = {feature.name for feature in FEATURES}
+        unknown = [name for name in self.features if name not in known]
+        if unknown or not self.features or len(set(self.features)) != len(self.features):
+            raise ValueError(f"morphology.features: unknown or repeated {unknown or self.features}; known: {sorted(known)}")
+        return self
+
+
+class PrivacyPlan(Section):
+    """The budget of the whole study at every site; the unit is the patient, neighbours differ by adding or removing one.
+
+    `reproducible_seed` replaces the cryptographic noise source by a seeded one. Such a run is *not private*: it is marked
+    so in the ledger, the report and the release, and a site's policy refuses it by default.
+    """
+
+    unit: Literal["patient"] = "patient"
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1e-2)] = 1e-5
+    accountant: Literal["rdp", "prv"] = "rdp"
+    reproducible_seed: int | None = None
+
+
+class TrainingPlan(Section):
+    """One module's private training at a site.
+
+    A step draws each patient with probability ``expected_batch / nominal_patients`` (Poisson sampling), clips each drawn
+    patient's gradient to `max_grad_norm` and divides the noisy sum by `expected_batch`, a public constant.
+    """
+
+    rounds: Count
+    steps_per_round: Count
+    expected_batch: Count
+    max_grad_norm: Positive
+    learning_rate: Positive
+    budget_share: Annotated[float, Field(gt=0, le=1)]
+
+    @property
+    def steps(self) -> int:
+        """Private steps over all rounds."""
+        return self.rounds * self.steps_per_round
+
+
+class AutoencoderPlan(TrainingPlan):
+    """Gene-expression autoencoder with hidden layers ``hidden + [latent_dim] + reversed(hidden)`` (five by default)."""
+
+    variational: bool = True
+    hidden: list[Count] = [128, 64]
+    latent_dim: Count = 16
+    activation: Literal["tanh", "relu"] = "tanh"
+    kl_weight: Annotated[float, Field(ge=0)] = 0.05
+
+
+class RadiogenomicsPlan(TrainingPlan):
+    """Radiogenomic DNN: genes -> morphology and label."""
+
+    hidden: list[Count] = [128, 64, 32]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    start_from_encoder: bool = True
+    nonnegative_output: bool = False
+
+
+class WarmStart(Section):
+    """Public weights that generator and discriminator start from; the digest binds the sites' approval to the file."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    provenance: str = Field(min_length=10)
+
+
+class GanPlan(TrainingPlan):
+    """Conditional DCGAN. Each private step trains the local discriminator once; every `discriminator_steps` of them are
+    followed by one generator step, which sees private data only through the discriminator."""
+
+    latent_dim: Count = 64
+    generator_width: Count = 32
+    discriminator_width: Count = 16
+    discriminator_steps: Count = 1
+    generator_batch: Count = 32
+    generator_learning_rate: Positive = 2e-4
+    slices_per_patient: Count = 1
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    warm_start: WarmStart | None = None
+
+
+class AggregationPlan(Section):
+    """How the server averages: weights are public constants (never true counts), `min_sites` replies close a round."""
+
+    weighting: Literal["nominal", "equal"] = "nominal"
+    min_sites: Count = 1
+    round_timeout_s: Positive = 3600.0
+
+
+class SitePlan(Section):
+    """A taking-part site and the public size of its cohort, which the hospital declares (a rounded figure, not a count)."""
+
+    name: Name
+    nominal_patients: Count
+
+
+class StudyPlan(Section):
+    """The whole plan. `digest` is the study's identity."""
+
+    schema_version: Literal[1] = 1
+    name: Name
+    purpose: str = Field(min_length=10)
+    image: ImagePlan = ImagePlan()
+    genes: GenePlan
+    label: LabelPlan = LabelPlan()
+    morphology: MorphologyPlan = MorphologyPlan()
+    privacy: PrivacyPlan
+    autoencoder: AutoencoderPlan
+    radiogenomics: RadiogenomicsPlan
+    gan: GanPlan
+    aggregation: AggregationPlan = AggregationPlan()
+    sites: list[SitePlan] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _whole_is_consistent(self) -> Self:
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise ValueError("sites: a name is used twice")
+        if self.aggregation.min_sites > len(names):
+            raise ValueError("aggregation.min_sites is larger than the number of sites")
+        shares = sum(self.training(module).budget_share for module in MODULES)
+        if shares > 1 + 1e-9:
+            raise ValueError(f"the modules' budget_share add up to {shares:.3f}; at most 1 can be spent")
+        for site in self.sites:
+            for module in MODULES:
+                if self.training(module).expected_batch > site.nominal_patients:
+                    raise ValueError(
+                        f"{module}.expected_batch is larger than nominal_patients of site {site.name!r}: "
+                        "no patient can be drawn with a probability above 1"
+                    )
+        return self
+
+    def training(self, module: Module) -> TrainingPlan:
+        """The training section of `module`."""
+        return {"autoencoder": self.autoencoder, "radiogenomics": self.radiogenomics, "gan": self.gan}[module]
+
+    def site(self, name: str) -> SitePlan:
+        """The site called `name`.
+
+        Raises:
+            UsageError: the plan does not name it.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise UsageError("site_not_in_plan", f"The plan {self.name!r} does not name a site {name!r}.")
+
+    def sample_rate(self, module: Module, site: str) -> float:
+        """Probability with which one step of `module` draws a patient of `site`."""
+        return self.training(module).expected_batch / self.site(site).nominal_patients
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical JSON of all values, defaults included: comments and order do not matter."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_plan(path: Path) -> StudyPlan:
+    """Read and validate a plan.
+
+    Raises:
+        UsageError: ``plan_missing``, ``plan_not_toml`` or ``plan_invalid``, with every offending key named.
+    """
+    return load_toml(path, StudyPlan, "plan")
+
+
+def save_plan(plan: StudyPlan, path: Path) -> None:
+    """Write `plan` as TOML; `load_plan` gives back an equal plan."""
+    path.write_text(tomli_w.dumps(plan.model_dump(mode="json", exclude_none=True)), encoding="utf-8")

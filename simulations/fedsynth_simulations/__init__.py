@@ -1,0 +1,1 @@
+"""Simulated hospitals and a whole study on one machine."""
