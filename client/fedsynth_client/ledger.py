@@ -1,0 +1,297 @@
+"""The privacy ledger: what this cohort has spent, over all modules, rounds and studies, for the cohort's whole life.
+
+One SQLite file, append-only (triggers refuse UPDATE and DELETE) and hash-chained (each entry's digest covers the one
+before). A block of private steps is charged *before* its first step; if the process dies, the charge stands.
+
+A block is one task: (study, module, round). Its charge covers the one result that the task releases. A task that died
+before anything of it was released may run again, with fresh noise and fresh draws, under the same charge: what nobody
+saw costs nothing. A task that has released its result never runs again; its stored reply is sent instead.
+
+The chain shows any change of a past entry. That entries were cut off at the end shows against the head digests which
+the coordinator received with each reply and which a release quotes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from fedsynth.dp.accounting import Accountant, Mechanism, epsilon
+from fedsynth.errors import JobFailed, Refused, UsageError
+from fedsynth.plan import Module
+
+_GENESIS = "0" * 64
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS entry (
+    sequence INTEGER PRIMARY KEY,
+    recorded_at TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    body TEXT NOT NULL,
+    previous TEXT NOT NULL,
+    digest TEXT NOT NULL UNIQUE
+);
+CREATE TRIGGER IF NOT EXISTS entry_is_never_changed BEFORE UPDATE ON entry
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS entry_is_never_deleted BEFORE DELETE ON entry
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block of private steps: one round of one module of one study (`study` is the plan's digest)."""
+
+    study: str
+    module: Module
+    round: int
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper bound on epsilon at `delta`."""
+
+    epsilon: float
+    delta: float
+
+
+class Standing(Enum):
+    """What a charge found: the task is new, died before it released anything, or has released its result."""
+
+    NEW = "new"
+    INTERRUPTED = "interrupted"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger."""
+
+    sequence: int
+    recorded_at: str
+    kind: str
+    body: dict[str, Any]
+    previous: str
+    digest: str
+
+
+class Ledger:
+    """A site's ledger at `path`, created when absent.
+
+    Args:
+        path: the SQLite file.
+        clock: gives the time written into entries.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._path = path
+        self._clock = clock
+        with self._connection() as connection:
+            connection.executescript(_SCHEMA)
+
+    def charge(
+        self,
+        task: Task,
+        mechanism: Mechanism,
+        *,
+        max_grad_norm: float,
+        private: bool,
+        study_limit: Limit,
+        lifetime_limit: Limit,
+        accountant: Accountant = "rdp",
+    ) -> Standing:
+        """Charge `task` before its first step, durably, or say that it was charged before.
+
+        Args:
+            task: what is about to run.
+            mechanism: all steps of the block.
+            max_grad_norm: clipping norm, for the record.
+            private: whether the noise is unpredictable; false marks the study as not private.
+            study_limit: budget of this study.
+            lifetime_limit: budget of the cohort over all studies.
+            accountant: how mechanisms are composed.
+
+        Returns:
+            Whether the task may run (`NEW`, `INTERRUPTED`) or its stored reply must be sent (`RELEASED`).
+
+        Raises:
+            Refused: ``budget_exceeded``: the block would cross a limit; nothing is charged. ``charge_differs``: the task
+                was charged before as another mechanism.
+        """
+        terms = {
+            **_task_body(task),
+            "sample_rate": mechanism.sample_rate,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "steps": mechanism.steps,
+            "max_grad_norm": max_grad_norm,
+            "private": private,
+        }
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            entries = list(_entries(connection))
+            _check_chain(entries)
+            earlier = [e for e in entries if e.kind == "charge" and _is_task(e, task)]
+            if earlier:
+                if earlier[0].body != terms:
+                    raise Refused(
+                        "charge_differs",
+                        f"{task.module} round {task.round} was charged before with other parameters; it cannot run again.",
+                    )
+                if any(e.kind == "released" and _is_task(e, task) for e in entries):
+                    return Standing.RELEASED
+                self._append(connection, "resumed", _task_body(task))
+                return Standing.INTERRUPTED
+            for limit, history, whose in (
+                (study_limit, _history(entries, task.study), "the study"),
+                (lifetime_limit, _history(entries, None), "this cohort"),
+            ):
+                spent = epsilon(history, limit.delta, accountant)
+                after = epsilon([*history, mechanism], limit.delta, accountant)
+                if after > limit.epsilon + 1e-9:
+                    raise Refused(
+                        "budget_exceeded",
+                        f"{task.module} round {task.round} would raise the epsilon of {whose} from {spent:.4f} to "
+                        f"{after:.4f}, above its budget of {limit.epsilon:g} (delta {limit.delta:g}).",
+                        "Nothing was charged. A larger budget needs a new plan and the site's approval.",
+                    )
+            self._append(connection, "charge", terms)
+            return Standing.NEW
+
+    def released(self, task: Task, reply_sha256: str) -> None:
+        """Record that `task` has its one result, stored as a file of digest `reply_sha256`, ready to be sent."""
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            self._append(connection, "released", {**_task_body(task), "sha256": reply_sha256})
+
+    def sent(self, task: Task, records: dict[str, int], sha256: str, recipient: str) -> None:
+        """Record that the stored reply of `task` goes out: names and bytes of its records, digest, to whom."""
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            body = {**_task_body(task), "records": records, "sha256": sha256, "to": recipient}
+            self._append(connection, "sent", body)
+
+    def reply_digest(self, task: Task) -> str | None:
+        """Digest of the stored reply of `task`; None when it has released nothing."""
+        found = [e for e in self.entries() if e.kind == "released" and _is_task(e, task)]
+        return found[0].body["sha256"] if found else None
+
+    def last_released_round(self, study: str, module: Module) -> int:
+        """The highest released round of `module` in `study`; 0 when there is none."""
+        rounds = [
+            e.body["round"]
+            for e in self.entries()
+            if e.kind == "released" and e.body["study"] == study and e.body["module"] == module
+        ]
+        return max(rounds, default=0)
+
+    def entries(self) -> list[Entry]:
+        """All entries, oldest first, after checking the chain.
+
+        Raises:
+            Refused: ``ledger_tampered``.
+        """
+        with self._connection() as connection:
+            entries = list(_entries(connection))
+        _check_chain(entries)
+        return entries
+
+    def history(self, study: str | None = None, module: Module | None = None) -> list[Mechanism]:
+        """Charged mechanisms of one study or module, or of all; equal ones merged."""
+        return _history(self.entries(), study, module)
+
+    def epsilon(self, delta: float, accountant: Accountant = "rdp", study: str | None = None) -> float:
+        """Epsilon spent at `delta`, by one study or over the cohort's life."""
+        return epsilon(self.history(study), delta, accountant)
+
+    @property
+    def head(self) -> str:
+        """Digest of the newest entry."""
+        entries = self.entries()
+        return entries[-1].digest if entries else _GENESIS
+
+    def _append(self, connection: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
+        row = connection.execute("SELECT sequence, digest FROM entry ORDER BY sequence DESC LIMIT 1").fetchone()
+        sequence, previous = (row[0] + 1, row[1]) if row else (1, _GENESIS)
+        recorded_at = self._clock().isoformat(timespec="seconds")
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        digest = _digest(sequence, recorded_at, kind, text, previous)
+        connection.execute(
+            "INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?)", (sequence, recorded_at, kind, text, previous, digest)
+        )
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection = sqlite3.connect(self._path, timeout=30.0, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise UsageError("ledger_unavailable", f"The ledger {self._path} cannot be opened: {error}.") from None
+        try:
+            connection.execute("PRAGMA synchronous = FULL")
+            yield connection
+            if connection.in_transaction:
+                connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise JobFailed(
+                "ledger_not_written",
+                f"The ledger {self._path} could not be read or written: {error}.",
+                "Nothing ran without a charge. Check disk space and permissions, then try again.",
+            ) from None
+        except sqlite3.DatabaseError as error:
+            raise Refused("ledger_tampered", f"The ledger {self._path} is not an intact database: {error}.") from None
+        finally:
+            connection.close()  # rolls an open transaction back
+
+
+def _task_body(task: Task) -> dict[str, Any]:
+    return {"study": task.study, "module": task.module, "round": task.round}
+
+
+def _is_task(entry: Entry, task: Task) -> bool:
+    return all(entry.body.get(key) == value for key, value in _task_body(task).items())
+
+
+def _entries(connection: sqlite3.Connection) -> Iterator[Entry]:
+    for sequence, recorded_at, kind, text, previous, digest in connection.execute(
+        "SELECT sequence, recorded_at, kind, body, previous, digest FROM entry ORDER BY sequence"
+    ):
+        if digest != _digest(sequence, recorded_at, kind, text, previous):
+            raise _tampered(sequence)
+        yield Entry(sequence, recorded_at, kind, json.loads(text), previous, digest)
+
+
+def _check_chain(entries: list[Entry]) -> None:
+    previous = _GENESIS
+    for place, entry in enumerate(entries, start=1):
+        if entry.sequence != place or entry.previous != previous:
+            raise _tampered(place)
+        previous = entry.digest
+
+
+def _tampered(sequence: int) -> Refused:
+    return Refused(
+        "ledger_tampered",
+        f"The ledger's chain is broken at entry {sequence}: an entry was changed, removed or put in.",
+        "Restore the ledger from a backup whose head the coordinator knows. Nothing can be trained until then.",
+    )
+
+
+def _digest(sequence: int, recorded_at: str, kind: str, text: str, previous: str) -> str:
+    return hashlib.sha256(json.dumps([sequence, recorded_at, kind, text, previous]).encode()).hexdigest()
+
+
+def _history(entries: list[Entry], study: str | None, module: Module | None = None) -> list[Mechanism]:
+    steps: Counter[tuple[float, float]] = Counter()
+    for entry in entries:
+        if entry.kind != "charge" or (study is not None and entry.body["study"] != study):
+            continue
+        if module is None or entry.body["module"] == module:
+            steps[entry.body["sample_rate"], entry.body["noise_multiplier"]] += entry.body["steps"]
+    return [Mechanism(rate, sigma, count) for (rate, sigma), count in steps.items()]

@@ -1,0 +1,123 @@
+"""The site policy: what the hospital allows. Silence means no.
+
+Every default refuses: no plan is approved, no module may train, nothing may be spent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import Field
+
+from fedsynth.errors import Refused, UsageError
+from fedsynth.plan import MODULES, Module, Name, Section, StudyPlan
+from fedsynth.toml import load_toml
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SitePolicy(Section):
+    """What this hospital allows.
+
+    Attributes:
+        site: the name under which plans know this site.
+        approved_plans: digests of the plans that may run.
+        max_epsilon: largest epsilon over the life of the cohort, all studies composed, at `max_delta`.
+        max_delta: largest delta of a plan.
+        min_patients: smallest number of training patients with which a module may train.
+        declared_patients: the cohort size that the hospital makes public (rounded); plans must use this figure.
+        modules: modules that may train, and whose weights may leave.
+        allow_reproducible_noise: whether a seeded run, which is not private, may touch this cohort.
+    """
+
+    schema_version: Literal[1] = 1
+    site: Name
+    approved_plans: list[Digest] = []
+    max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    max_delta: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    min_patients: Annotated[int, Field(ge=1)] = 100
+    declared_patients: Annotated[int, Field(ge=1)] | None = None
+    modules: list[Module] = []
+    allow_reproducible_noise: bool = False
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Read the policy.
+
+    Raises:
+        Refused: ``policy_missing``: without a policy nothing is allowed.
+        UsageError: ``policy_not_toml`` or ``policy_invalid``.
+    """
+    try:
+        return load_toml(path, SitePolicy, "policy")
+    except UsageError as error:
+        if error.code != "policy_missing":
+            raise
+        raise Refused(
+            "policy_missing",
+            f"There is no policy at {path}, so nothing is allowed.",
+            "Write one with `fedsynth site init` and fill it in.",
+        ) from None
+
+
+def save_policy(policy: SitePolicy, path: Path) -> None:
+    """Write `policy` as TOML."""
+    path.write_text(tomli_w.dumps(policy.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+
+
+def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
+    """Refuse a plan that the policy does not allow as a whole.
+
+    Raises:
+        Refused: with the first cause found: ``site_not_in_plan``, ``plan_not_approved``, ``epsilon_above_policy``,
+            ``delta_above_policy``, ``reproducible_noise_not_allowed``, ``declared_size_differs``.
+    """
+    sites = {site.name: site for site in plan.sites}
+    if policy.site not in sites:
+        raise Refused("site_not_in_plan", f"The plan does not name this site ({policy.site}).")
+    if plan.digest not in policy.approved_plans:
+        raise Refused(
+            "plan_not_approved",
+            f"The plan {plan.name!r} with digest {plan.digest} is not approved at this site.",
+            "Read the plan; to approve it, add its digest to approved_plans in the policy.",
+        )
+    if plan.privacy.epsilon > policy.max_epsilon:
+        raise Refused(
+            "epsilon_above_policy",
+            f"The plan asks for epsilon {plan.privacy.epsilon:g}; the policy allows {policy.max_epsilon:g}.",
+        )
+    if plan.privacy.delta > policy.max_delta:
+        raise Refused(
+            "delta_above_policy",
+            f"The plan asks for delta {plan.privacy.delta:g}; the policy allows {policy.max_delta:g}.",
+        )
+    if plan.privacy.reproducible_seed is not None and not policy.allow_reproducible_noise:
+        raise Refused(
+            "reproducible_noise_not_allowed",
+            "The plan fixes the noise seed, which makes the run reproducible and therefore not private.",
+            "Remove privacy.reproducible_seed from the plan.",
+        )
+    if policy.declared_patients is not None and sites[policy.site].nominal_patients != policy.declared_patients:
+        raise Refused(
+            "declared_size_differs",
+            f"The plan assumes {sites[policy.site].nominal_patients} patients at this site; "
+            f"the policy declares {policy.declared_patients}.",
+            "Agree on one public figure; it sets the sample rate and so the cost of every step.",
+        )
+
+
+def check_module(policy: SitePolicy, module: Module, patients: int) -> None:
+    """Refuse to train `module` on `patients` training patients.
+
+    Raises:
+        Refused: ``module_not_allowed`` or ``cohort_too_small``.
+    """
+    if module not in policy.modules:
+        raise Refused("module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {MODULES}.")
+    if patients < policy.min_patients:
+        raise Refused(
+            "cohort_too_small",
+            f"{patients} training patients can take part in {module!r}; the policy wants at least {policy.min_patients}.",
+        )

@@ -1,0 +1,1 @@
+"""Differential privacy: noise, sampling, the private step, and what it costs."""

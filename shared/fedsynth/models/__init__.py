@@ -1,0 +1,1 @@
+"""The networks: conditional DCGAN, gene-expression autoencoder, radiogenomic DNN."""
