@@ -1,0 +1,126 @@
+"""Gene expression: pathway activity on top of each gene's own abundance, noise, and the batch effect of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsynth_simulations.cohort.latents import draw_latents
+from fedsynth_simulations.cohort.panel import BYSTANDERS, load_panel, pathways
+
+# What a gene is like does not differ between sites or runs: biology has one seed, patients have another.
+_BIOLOGY_SEED = 20_190_218
+
+
+@dataclass(frozen=True)
+class Biology:
+    """Constants of each gene: log abundance, response to its pathway, and noise, all on the natural-log TPM scale.
+
+    Attributes:
+        genes: the panel, then genes that belong to no pathway.
+        baseline: (G,) mean log TPM.
+        response: (G, P) change of log TPM by one standard deviation of a pathway's activity.
+        noise: (G,) standard deviation of a patient's own deviation.
+        length_kb: (G,) transcript length, by which counts differ from TPM.
+    """
+
+    genes: tuple[str, ...]
+    baseline: NDArray[np.float64]
+    response: NDArray[np.float64]
+    noise: NDArray[np.float64]
+    length_kb: NDArray[np.float64]
+
+
+@cache
+def biology() -> Biology:
+    """The constants of all genes; the same in every call, process and run."""
+    rng = np.random.default_rng(_BIOLOGY_SEED)
+    panel, names = load_panel(), pathways()
+    genes = tuple(gene for gene, _ in panel) + BYSTANDERS
+    response = np.zeros((len(genes), len(names)))
+    strength = rng.uniform(0.3, 0.9, len(panel)) * np.where(rng.random(len(panel)) < 0.12, -1.0, 1.0)
+    for row, (_, pathway), value in zip(response, panel, strength, strict=False):
+        row[names.index(pathway)] = value
+    return Biology(
+        genes,
+        baseline=rng.normal(2.6, 1.2, len(genes)),
+        response=response,
+        noise=rng.uniform(0.25, 0.6, len(genes)),
+        length_kb=np.exp(rng.normal(0.7, 0.25, len(genes))),
+    )
+
+
+def draw_batch_effect(rng: np.random.Generator, strength: float = 0.2) -> NDArray[np.float64]:
+    """(G,) shift of log TPM that every sample of one laboratory shares; `strength` is its standard deviation."""
+    return strength * rng.standard_normal(len(biology().genes))
+
+
+def draw_tpm(
+    activities: NDArray[np.float64], batch_effect: NDArray[np.float64] | float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """One patient's expression.
+
+    Args:
+        activities: (P,) pathway activities.
+        batch_effect: (G,) shift of the laboratory, or 0.
+        rng: source of the patient's own noise.
+
+    Returns:
+        (G,) transcripts per million of `biology().genes`, positive.
+    """
+    constants = biology()
+    noise = constants.noise * rng.standard_normal(constants.noise.size)
+    return np.exp(constants.baseline + constants.response @ activities + batch_effect + noise)
+
+
+def draw_counts(tpm: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Read counts at a random depth; they follow TPM times transcript length (Wagner et al., 2012)."""
+    depth = np.exp(rng.normal(3.0, 0.3))
+    return rng.poisson(tpm * biology().length_kb * depth)
+
+
+def public_expression_reference(
+    panel: Sequence[str], n: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per-gene mean and standard deviation of within-sample normal scores in a simulated public population.
+
+    The population has no batch effect of any study site, so a plan with these constants rests on public data alone.
+
+    Args:
+        panel: genes to describe; all must be in `biology().genes`. Ranks are taken among them.
+        n: patients of the public population, at least 2.
+        rng: source of the population.
+
+    Returns:
+        center (G,), scale (G,), on the scale of standard normal scores clipped to +-3.
+
+    Raises:
+        ValueError: an unknown gene, or fewer than two patients.
+    """
+    known = {gene: i for i, gene in enumerate(biology().genes)}
+    unknown = [gene for gene in panel if gene not in known]
+    if unknown or n < 2:
+        raise ValueError(f"expected known genes and at least two patients; got {unknown} unknown, n = {n}")
+    columns = [known[gene] for gene in panel]
+    scores = np.stack([normal_scores(draw_tpm(draw_latents(rng).pathways, 0.0, rng)[columns]) for _ in range(n)])
+    return scores.mean(axis=0), scores.std(axis=0, ddof=1)
+
+
+def normal_scores(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Map one sample's values (G,) to the standard normal quantiles of their ranks; ties share their mean rank."""
+    from scipy.stats import rankdata
+
+    grid = reference_quantiles()
+    position = (rankdata(values) - 1) / max(len(values) - 1, 1)
+    return np.interp(position, np.linspace(0, 1, len(grid)), grid)
+
+
+def reference_quantiles(points: int = 513) -> NDArray[np.float64]:
+    """(points,) standard normal quantile function on an even grid over [0, 1], clipped to +-3."""
+    from scipy.stats import norm
+
+    return np.clip(norm.ppf(np.linspace(0, 1, points)), -3.0, 3.0)
