@@ -96,7 +96,9 @@ def load_cohort(folder: Path, feature_names: list[str]) -> Cohort:
     manifest_path = folder / "manifest.json"
     if not manifest_path.is_file():
         raise UsageError(
-            "cohort_missing", f"{folder} is not a prepared cohort: it has no manifest.json.", "Run `fedsynth site prepare`."
+            "cohort_missing",
+            f"{folder} is not a prepared cohort: it has no manifest.json.",
+            "Run `fedsynth site prepare`.",
         )
     manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
     entries = tuple(

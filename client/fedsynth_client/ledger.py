@@ -211,6 +211,10 @@ class Ledger:
         """Epsilon spent at `delta`, by one study or over the cohort's life."""
         return epsilon(self.history(study), delta, accountant)
 
+    def is_private(self, study: str | None = None) -> bool:
+        """Whether every charge (of one study, or at all) was made with unpredictable noise."""
+        return all(e.body["private"] for e in self.entries() if e.kind == "charge" and study in (None, e.body["study"]))
+
     @property
     def head(self) -> str:
         """Digest of the newest entry."""

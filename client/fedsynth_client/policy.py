@@ -34,12 +34,12 @@ class SitePolicy(Section):
 
     schema_version: Literal[1] = 1
     site: Name
-    approved_plans: list[Digest] = []
+    approved_plans: list[Digest] = Field(default=[])
     max_epsilon: Annotated[float, Field(ge=0)] = 0.0
     max_delta: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_patients: Annotated[int, Field(ge=1)] = 100
     declared_patients: Annotated[int, Field(ge=1)] | None = None
-    modules: list[Module] = []
+    modules: list[Module] = Field(default=[])
     allow_reproducible_noise: bool = False
 
 
@@ -115,7 +115,9 @@ def check_module(policy: SitePolicy, module: Module, patients: int) -> None:
         Refused: ``module_not_allowed`` or ``cohort_too_small``.
     """
     if module not in policy.modules:
-        raise Refused("module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {MODULES}.")
+        raise Refused(
+            "module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {MODULES}."
+        )
     if patients < policy.min_patients:
         raise Refused(
             "cohort_too_small",

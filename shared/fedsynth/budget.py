@@ -21,7 +21,7 @@ def noise_multipliers(plan: StudyPlan, site: str) -> dict[Module, float]:
 def _allocate(
     demands: tuple[tuple[Module, float, int, float], ...], target: float, delta: float, accountant: str
 ) -> tuple[tuple[Module, float], ...]:
-    asked = {module: Demand(rate, steps, share) for module, rate, steps, share in demands}
+    asked: dict[str, Demand] = {module: Demand(rate, steps, share) for module, rate, steps, share in demands}
     found = allocate(asked, target, delta, "prv" if accountant == "prv" else "rdp")
     return tuple((module, found[module]) for module, *_ in demands)
 

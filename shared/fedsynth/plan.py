@@ -92,7 +92,9 @@ class MorphologyPlan(Section):
         known = {feature.name for feature in FEATURES}
         unknown = [name for name in self.features if name not in known]
         if unknown or not self.features or len(set(self.features)) != len(self.features):
-            raise ValueError(f"morphology.features: unknown or repeated {unknown or self.features}; known: {sorted(known)}")
+            raise ValueError(
+                f"morphology.features: unknown or repeated {unknown or self.features}; known: {sorted(known)}"
+            )
         return self
 
 
@@ -150,9 +152,11 @@ class RadiogenomicsPlan(TrainingPlan):
 
 
 class WarmStart(Section):
-    """Public weights that generator and discriminator start from; the digest binds the sites' approval to the file."""
+    """Public weights that generator and discriminator start from; the digests (`fedsynth.records.state_digest`) bind the
+    sites' approval to the very weights."""
 
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    generator_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    discriminator_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     provenance: str = Field(min_length=10)
 
 

@@ -140,9 +140,7 @@ def private_step(
     if not private.optimizer.pre_step():
         raise RuntimeError("the optimiser skipped a step that was charged")
     if public_loss is not None:
-        for parameter, gradient in zip(
-            private.optimizer.params, _public_gradient(private, public_loss), strict=True
-        ):
+        for parameter, gradient in zip(private.optimizer.params, _public_gradient(private, public_loss), strict=True):
             parameter.grad += gradient
     private.optimizer.original_optimizer.step()
 

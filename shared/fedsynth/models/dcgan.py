@@ -32,8 +32,7 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(nn.GroupNorm(min(8, w), w, affine=False) for w in widths)
         self.modulations = nn.ModuleList(nn.Linear(latent_dim + condition_dim, 2 * w) for w in widths)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1)
-            for a, b in zip(widths, [*widths[1:], width], strict=True)
+            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, [*widths[1:], width], strict=True)
         )
         self.last = nn.Conv2d(width, channels, 3, padding=1)
 

@@ -1,0 +1,214 @@
+"""One task at the site, from the question to the answer: policy, charge, training, storage, reply."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsynth.budget import mechanism
+from fedsynth.dp.accounting import Mechanism
+from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedsynth.errors import JobFailed, Refused
+from fedsynth.models.dcgan import make_discriminator, make_generator
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.plan import Module, StudyPlan
+from fedsynth.records import (
+    WEIGHTS,
+    State,
+    check_reply,
+    check_state,
+    from_record,
+    progress_record,
+    state_digest,
+    to_record,
+)
+from fedsynth.synthesis import draw_profiles
+from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.ledger import Ledger, Limit, Standing, Task
+from fedsynth_client.outbox import Outbox
+from fedsynth_client.policy import SitePolicy, check_module, check_plan
+from fedsynth_client.site import Site
+from fedsynth_client.training.adversarial import ImagePatients, train_gan
+from fedsynth_client.training.block import BlockResult, public_generator
+from fedsynth_client.training.profiles import train_autoencoder, train_radiogenomics
+
+_POOL = 1024  # synthetic conditions drawn for one block of the generator
+
+
+def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> RecordDict:
+    """Do what a message asks, if the policy and the ledger allow it, and return the reply's content.
+
+    Args:
+        site: the site.
+        module: the module that the message type names.
+        content: the message's content (`fedsynth.records`).
+        recipient: to whom the reply goes, for the log of what was sent.
+
+    Raises:
+        FedsynthError: a refusal or failure; its code may leave the site, its text may not.
+    """
+    policy = site.policy()
+    task = _task(content, module)
+    plan = site.plan(task.study)
+    check_plan(policy, plan)
+    if not 1 <= task.round <= plan.training(module).rounds:
+        raise Refused("round_not_in_plan", f"The plan has no round {task.round} of {module}.")
+    ledger, outbox = site.ledger(), Outbox(site.folder)
+    if ledger.reply_digest(task) is None:
+        _run(site, policy, plan, task, content, ledger, outbox)
+    return _reply(policy, plan, task, ledger, outbox, recipient)
+
+
+def _run(
+    site: Site, policy: SitePolicy, plan: StudyPlan, task: Task, content: RecordDict, ledger: Ledger, outbox: Outbox
+) -> None:
+    last = ledger.last_released_round(task.study, task.module)
+    if task.round < last:
+        raise Refused("round_passed", f"This site already released round {last} of {task.module}.")
+    # Everything that can be wrong with the message or the cohort is found before anything is spent.
+    cohort = _training_patients(site, plan, task.module)
+    check_module(policy, task.module, len(cohort))
+    incoming = _incoming(plan, task, content)
+    local = outbox.local_state(Task(task.study, task.module, last)) if task.module == "gan" else {}
+    if task.module == "gan" and not local:
+        local = _discriminator_start(plan, content)
+
+    block = mechanism(plan, policy.site, task.module)
+    randomness = _randomness(plan, task)
+    standing = ledger.charge(
+        task,
+        block,
+        max_grad_norm=plan.training(task.module).max_grad_norm,
+        private=randomness.private,
+        study_limit=Limit(plan.privacy.epsilon, plan.privacy.delta),
+        lifetime_limit=Limit(policy.max_epsilon, policy.max_delta),
+        accountant=plan.privacy.accountant,
+    )
+    if standing is Standing.RELEASED:  # another process was quicker
+        return
+    site.log.info("%s round %d: %s charge, %d steps", task.module, task.round, standing.value, block.steps)
+    result = _train(plan, task.module, incoming, local, cohort, block, randomness)
+    check_state(result.weights, WEIGHTS[task.module])
+    ledger.released(task, outbox.store(task, result))
+    outbox.prune(task)
+
+
+def _train(
+    plan: StudyPlan,
+    module: Module,
+    incoming: dict[str, State],
+    local: State,
+    cohort: Cohort,
+    block: Mechanism,
+    randomness: Randomness,
+) -> BlockResult:
+    genes = torch.from_numpy(cohort.genes)
+    morphology, labels = torch.from_numpy(cohort.morphology), torch.from_numpy(cohort.labels)
+    if module == "autoencoder":
+        return train_autoencoder(plan, incoming["autoencoder"], genes, block, randomness)
+    if module == "radiogenomics":
+        return train_radiogenomics(plan, incoming["radiogenomics"], genes, morphology, labels, block, randomness)
+    autoencoder, dnn = make_autoencoder(plan), make_radiogenomic_dnn(plan)
+    autoencoder.load_state_dict(incoming["autoencoder"])
+    dnn.load_state_dict(incoming["radiogenomics"])
+    generator = public_generator(randomness)
+    profiles = draw_profiles(autoencoder, dnn, _POOL, generator, plan.genes.clip)
+    patients = ImagePatients(image_slices(cohort), morphology, labels)
+    return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)
+
+
+def image_slices(cohort: Cohort) -> torch.Tensor:
+    """(N, C + 1, S, H, W) float16 in [-1, 1]: image channels and whole-tumour mask channel."""
+    images = torch.from_numpy(cohort.images) * 2 - 1
+    mask = torch.from_numpy(cohort.masks > 0).to(torch.float16)[:, None] * 2 - 1
+    return torch.cat([images, mask], dim=1)
+
+
+def _training_patients(site: Site, plan: StudyPlan, module: Module) -> Cohort:
+    """Patients of the training split that have what `module` needs."""
+    cohort = _cohort(site.cohort_path, site.cohort_version(), tuple(plan.morphology.features))
+    needs = {
+        "autoencoder": cohort.has_genes,
+        "radiogenomics": cohort.has_genes & cohort.has_images,
+        "gan": cohort.has_images,
+    }
+    return cohort.rows(needs[module])
+
+
+@lru_cache(maxsize=4)
+def _cohort(folder: Path, version: int, features: tuple[str, ...]) -> Cohort:
+    """The training split in memory: a node serves many rounds from one reading (`version` changes with the files)."""
+    return load_cohort(folder, list(features)).split("train")
+
+
+def _task(content: RecordDict, module: Module) -> Task:
+    record = content.config_records.get("task")
+    if record is None or set(record) != {"study", "module", "round"}:
+        raise JobFailed("task_malformed", "The message carries no task, or one with unknown keys.")
+    study, named, number = record["study"], record["module"], record["round"]
+    if not isinstance(study, str) or named != module or not isinstance(number, int):
+        raise JobFailed("task_malformed", "The message's task does not fit its type.")
+    return Task(study, module, number)
+
+
+def _incoming(plan: StudyPlan, task: Task, content: RecordDict) -> dict[str, State]:
+    expected = {
+        "autoencoder": lambda: make_autoencoder(plan).state_dict(),
+        "radiogenomics": lambda: make_radiogenomic_dnn(plan).state_dict(),
+        "generator": lambda: make_generator(plan).state_dict(),
+    }
+    names = {WEIGHTS[task.module]} | ({"autoencoder", "radiogenomics"} if task.module == "gan" else set())
+    return {name: from_record(content, name, expected[name]()) for name in names}
+
+
+def _discriminator_start(plan: StudyPlan, content: RecordDict) -> State:
+    """The public discriminator that a site starts from: random weights, or those whose digest the plan names."""
+    state = from_record(content, "discriminator", make_discriminator(plan).state_dict())
+    start = plan.gan.warm_start
+    if start is not None and state_digest(state) != start.discriminator_sha256:
+        raise Refused("warm_start_differs", "The discriminator that was sent is not the one the approved plan names.")
+    return {f"model/{name}": tensor for name, tensor in state.items()}
+
+
+def _randomness(plan: StudyPlan, task: Task) -> Randomness:
+    seed = plan.privacy.reproducible_seed
+    return SystemRandomness() if seed is None else SeededRandomness(_task_seed(seed, task))
+
+
+def _task_seed(seed: int, task: Task) -> int:
+    """A seed for one task of a reproducible (not private) run."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{task}".encode()).digest()[:7], "big")
+
+
+def _reply(
+    policy: SitePolicy, plan: StudyPlan, task: Task, ledger: Ledger, outbox: Outbox, recipient: str
+) -> RecordDict:
+    digest = ledger.reply_digest(task)
+    if digest is None:
+        raise JobFailed("reply_lost", "The task has no stored reply.")
+    weights, progress = outbox.reply(task, digest)
+    sizes = {WEIGHTS[task.module]: sum(t.numel() * t.element_size() for t in weights.values())}
+    ledger.sent(task, {**sizes, "progress": len(progress), "receipt": 1}, digest, recipient)
+    delta, accountant = plan.privacy.delta, plan.privacy.accountant
+    content = RecordDict(
+        {
+            WEIGHTS[task.module]: to_record(weights),
+            "progress": progress_record(progress),
+            "receipt": ConfigRecord(
+                {
+                    "head": ledger.head,
+                    "epsilon": ledger.epsilon(delta, accountant, task.study),
+                    "epsilon_lifetime": ledger.epsilon(policy.max_delta, accountant),
+                    "steps": sum(m.steps for m in ledger.history(task.study, task.module)),
+                    "private": ledger.is_private(task.study),
+                }
+            ),
+        }
+    )
+    check_reply(content, task.module)
+    return content

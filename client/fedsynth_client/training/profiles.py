@@ -1,0 +1,103 @@
+"""Private training of the two networks over expression profiles: autoencoder and radiogenomic DNN.
+
+Both are small, so a block draws, clips and noises whole patients with Opacus' per-sample gradients and Adam. Adam's
+moments start anew in every block: they are functions of noisy gradients and could be kept, but averaging over sites
+moves the weights away from where they were gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fedsynth.dp.accounting import Mechanism
+from fedsynth.dp.randomness import Randomness, poisson_draw
+from fedsynth.dp.step import make_private, private_step
+from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, project_nonnegative_output, radiogenomic_losses
+from fedsynth.plan import StudyPlan, TrainingPlan
+from fedsynth.records import State
+from fedsynth_client.training.block import BlockResult, detached, public_generator, update_norm
+
+# Rows of the drawn patients and the module -> one loss a patient.
+PatientLosses = Callable[[Tensor, nn.Module], Tensor]
+
+
+def train_autoencoder(
+    plan: StudyPlan, weights: State, genes: Tensor, mechanism: Mechanism, randomness: Randomness
+) -> BlockResult:
+    """One block of the autoencoder on profiles `genes` (N, G), one row a training patient."""
+    model = make_autoencoder(plan)
+    generator = public_generator(randomness)
+
+    def losses(drawn: Tensor, module: nn.Module) -> Tensor:
+        noise = torch.randn(len(drawn), plan.autoencoder.latent_dim, generator=generator)
+        return autoencoder_losses(module, genes[drawn], noise, plan.autoencoder.kl_weight)
+
+    return _train(plan.autoencoder, model, weights, len(genes), losses, mechanism, randomness)
+
+
+def train_radiogenomics(
+    plan: StudyPlan,
+    weights: State,
+    genes: Tensor,
+    morphology: Tensor,
+    labels: Tensor,
+    mechanism: Mechanism,
+    randomness: Randomness,
+) -> BlockResult:
+    """One block of the radiogenomic DNN.
+
+    Args:
+        plan: the study plan.
+        weights: the DNN's weights to start from.
+        genes: (N, G), one row a training patient with a profile and images.
+        morphology: (N, F) in [0, 1], NaN where not measured.
+        labels: (N,) class codes, -1 where unknown.
+        mechanism: sampling, noise and number of steps.
+        randomness: of draws and noise.
+    """
+    model = make_radiogenomic_dnn(plan)
+
+    def losses(drawn: Tensor, module: nn.Module) -> Tensor:
+        return radiogenomic_losses(module, genes[drawn], morphology[drawn], labels[drawn])
+
+    def project() -> None:
+        if plan.radiogenomics.nonnegative_output:
+            project_nonnegative_output(model)
+
+    # Dropout draws from torch's global stream; its masks need no secrecy, only independence of the data.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(public_generator(randomness).initial_seed())
+        return _train(plan.radiogenomics, model, weights, len(genes), losses, mechanism, randomness, project)
+
+
+def _train(
+    training: TrainingPlan,
+    model: nn.Module,
+    weights: State,
+    patients: int,
+    losses: PatientLosses,
+    mechanism: Mechanism,
+    randomness: Randomness,
+    after_step: Callable[[], None] = lambda: None,
+) -> BlockResult:
+    model.load_state_dict(weights)
+    model.train()
+    private = make_private(
+        model,
+        torch.optim.Adam(model.parameters(), lr=training.learning_rate),
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=training.max_grad_norm,
+        expected_batch=training.expected_batch,
+        randomness=randomness,
+    )
+    for _ in range(mechanism.steps):
+        drawn = poisson_draw(patients, mechanism.sample_rate, randomness)
+        private_step(private, len(drawn), partial(losses, drawn))
+        after_step()
+    after = detached(model.state_dict())
+    return BlockResult(after, {"update_norm": update_norm(weights, after)}, {})

@@ -1,0 +1,137 @@
+"""A study's state at the coordinator, written atomically after every round: one safetensors file, no pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from fedsynth.errors import UsageError
+from fedsynth.files import write_atomic
+from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.records import State, state_digest
+
+FILE = "checkpoint.safetensors"
+
+CurveRow = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A site's newest receipt of one module: what its ledger holds, as it said with its last reply."""
+
+    head: str
+    epsilon: float
+    epsilon_lifetime: float
+    steps: int
+    private: bool
+    order: int
+
+
+@dataclass(frozen=True)
+class StudyState:
+    """Everything that a resumed coordinator needs.
+
+    Attributes:
+        study: the plan's digest.
+        weights: state dicts by name: autoencoder, radiogenomics, generator, generator_ema, discriminator (the public start).
+        rounds: completed rounds by module.
+        curves: one row a site and round, by module.
+        receipts: by site, then module.
+    """
+
+    study: str
+    weights: dict[str, State]
+    rounds: dict[Module, int] = field(default_factory=lambda: dict.fromkeys(MODULES, 0))
+    curves: dict[Module, list[CurveRow]] = field(default_factory=lambda: {module: [] for module in MODULES})
+    receipts: dict[str, dict[Module, Receipt]] = field(default_factory=dict)
+
+    def with_weights(self, **weights: State) -> StudyState:
+        """A copy with some state dicts replaced."""
+        return replace(self, weights={**self.weights, **weights})
+
+
+def save_state(state: StudyState, folder: Path) -> None:
+    """Write the checkpoint; the one before stays until the new one is whole."""
+    tensors = {f"{name}/{key}": t.clone() for name, weights in state.weights.items() for key, t in weights.items()}
+    rest = {
+        "study": state.study,
+        "rounds": state.rounds,
+        "curves": state.curves,
+        "receipts": {s: {m: vars(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILE, save(tensors, {"state": json.dumps(rest, sort_keys=True)}))
+
+
+def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:
+    """Read the checkpoint of `plan`; None when there is none.
+
+    Raises:
+        UsageError: ``checkpoint_of_other_study``.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        rest = json.loads(file.metadata()["state"])
+        weights: dict[str, State] = {}
+        for full_name in file.keys():  # noqa: SIM118 (not a mapping)
+            name, _, key = full_name.partition("/")
+            weights.setdefault(name, {})[key] = file.get_tensor(full_name)
+    if rest["study"] != plan.digest:
+        raise UsageError(
+            "checkpoint_of_other_study",
+            f"{path} belongs to a study of digest {rest['study'][:12]}, not to this plan ({plan.digest[:12]}).",
+            "Use another folder for another plan.",
+        )
+    receipts = {s: {m: Receipt(**r) for m, r in by_module.items()} for s, by_module in rest["receipts"].items()}
+    return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts)
+
+
+def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudyState:
+    """The state before the first round: weights drawn from a generator seeded by the plan's digest, or the warm start.
+
+    Args:
+        plan: the study plan.
+        warm_start: state dicts ``generator`` and ``discriminator``; needed if and only if the plan names a warm start.
+
+    Raises:
+        UsageError: ``warm_start_missing``, ``warm_start_not_in_plan`` or ``warm_start_differs``.
+    """
+    seed = int(plan.digest[:15], 16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # nn.Linear draws its first weights from the global stream
+        autoencoder, dnn = make_autoencoder(plan).state_dict(), make_radiogenomic_dnn(plan).state_dict()
+        generator, discriminator = make_generator(plan), make_discriminator(plan)
+    draws = torch.Generator().manual_seed(seed)
+    initialise(generator, draws)
+    initialise(discriminator, draws)
+    start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    named = plan.gan.warm_start
+    if named is not None:
+        if warm_start is None:
+            raise UsageError("warm_start_missing", "The plan names a warm start, but no weights were given.")
+        digests = {name: state_digest(warm_start[name]) for name in start}
+        if digests != {"generator": named.generator_sha256, "discriminator": named.discriminator_sha256}:
+            raise UsageError("warm_start_differs", "The weights given are not those whose digests the plan names.")
+        start = warm_start
+    elif warm_start is not None:
+        raise UsageError("warm_start_not_in_plan", "Weights were given, but the plan names no warm start.")
+    return StudyState(
+        plan.digest,
+        {
+            "autoencoder": autoencoder,
+            "radiogenomics": dnn,
+            "generator": start["generator"],
+            "generator_ema": start["generator"],
+            "discriminator": start["discriminator"],
+        },
+    )

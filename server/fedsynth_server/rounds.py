@@ -1,0 +1,203 @@
+"""The round loop: autoencoder, then radiogenomic DNN, then GAN; one checkpoint a round.
+
+Flower's ready-made strategies start at round 1 and wait for everybody; here a killed coordinator goes on where its last
+checkpoint stands, slow or refusing sites are left out of a round, and weights of the average are public constants.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsynth.errors import FedsynthError, JobFailed
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
+from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.progress import say
+from fedsynth.records import MESSAGE_TYPES, WEIGHTS, State, check_reply, from_record, task_record, to_record
+from fedsynth_server.aggregation import moving_average, site_weights, weighted_average
+from fedsynth_server.checkpoint import CurveRow, Receipt, StudyState, first_state, load_state, save_state
+
+_POLL_SECONDS = 0.5
+_HELLO_TIMEOUT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class SiteReply:
+    """A site's accepted reply."""
+
+    weights: State
+    progress: CurveRow
+    receipt: Receipt
+
+
+def run_study(grid: Grid, plan: StudyPlan, folder: Path, warm_start: dict[str, State] | None = None) -> StudyState:
+    """Run, or resume, the study of `plan`; its checkpoint lies in `folder`.
+
+    Raises:
+        JobFailed: ``too_few_sites``: fewer than ``aggregation.min_sites`` took part in a round. The checkpoint of the last
+            complete round stays, and the same call goes on from there.
+    """
+    state = load_state(folder, plan)
+    if state is None:
+        state = first_state(plan, warm_start)
+        save_state(state, folder)
+    nodes = find_sites(grid, plan)
+    for module in MODULES:
+        rounds = plan.training(module).rounds
+        for number in range(state.rounds[module] + 1, rounds + 1):
+            if module == "radiogenomics" and number == 1 and plan.radiogenomics.start_from_encoder:
+                state = state.with_weights(radiogenomics=_from_encoder(plan, state))
+            started = time.monotonic()
+            state = _round(grid, plan, state, module, number, nodes)
+            save_state(state, folder)
+            sites = [row for row in state.curves[module] if row["round"] == number]
+            say(f"{module} round {number}/{rounds}: {len(sites)} sites, {time.monotonic() - started:.1f} s")
+    return state
+
+
+def find_sites(grid: Grid, plan: StudyPlan) -> dict[int, str]:
+    """Ask every node for its site's name; nodes that the plan does not name take no part.
+
+    Raises:
+        JobFailed: ``two_nodes_one_site``: two nodes claim the same site.
+    """
+    asked = [
+        Message(RecordDict(), dst_node_id=node, message_type="query.site", ttl=_HELLO_TIMEOUT_SECONDS)
+        for node in grid.get_node_ids()
+    ]
+    known = {site.name for site in plan.sites}
+    found: dict[int, str] = {}
+    for node, reply in _exchange(grid, asked, _HELLO_TIMEOUT_SECONDS).items():
+        if reply.has_error() or "site" not in reply.content.config_records:
+            continue
+        name = str(reply.content.config_records["site"].get("name", ""))
+        if name in found.values():
+            raise JobFailed("two_nodes_one_site", f"Two nodes say that they are site {name!r}.")
+        if name in known:
+            found[node] = name
+    return found
+
+
+def _round(
+    grid: Grid, plan: StudyPlan, state: StudyState, module: Module, number: int, nodes: dict[int, str]
+) -> StudyState:
+    timeout = plan.aggregation.round_timeout_s
+    content = _task_content(plan, state, module, number)
+    messages = [
+        Message(content, dst_node_id=node, message_type=MESSAGE_TYPES[module], group_id=str(number), ttl=timeout)
+        for node in nodes
+    ]
+    answers = _exchange(grid, messages, timeout)
+    accepted: dict[str, SiteReply] = {}
+    missing: dict[str, str] = {site.name: "no_answer" for site in plan.sites}
+    expected = state.weights[WEIGHTS[module]]
+    order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
+    for node, reply in answers.items():
+        try:
+            accepted[nodes[node]] = _accept(reply, module, expected, order)
+            del missing[nodes[node]]
+        except FedsynthError as error:
+            missing[nodes[node]] = error.code
+    for site, code in sorted(missing.items()):
+        say(f"{module} round {number}: site {site} left out ({code})")
+    if len(accepted) < plan.aggregation.min_sites:
+        causes = ", ".join(f"{site}: {code}" for site, code in sorted(missing.items()))
+        raise JobFailed(
+            "too_few_sites",
+            f"{module} round {number}: {len(accepted)} sites took part, the plan wants {plan.aggregation.min_sites} "
+            f"({causes}).",
+            "The last complete round is stored; the same command goes on from there.",
+        )
+    return _aggregate(plan, state, module, number, accepted)
+
+
+def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: int) -> RecordDict:
+    content = RecordDict({"task": task_record(plan.digest, module, number)})
+    names = [WEIGHTS[module]]
+    if module == "gan":
+        names += ["autoencoder", "radiogenomics", "discriminator"]
+    for name in names:
+        content[name] = to_record(state.weights[name])
+    return content
+
+
+def _accept(reply: Message, module: Module, expected: State, order: int) -> SiteReply:
+    if reply.has_error():
+        raise JobFailed(f"flower_error_{reply.error.code}", "Flower could not deliver the task or its reply.")
+    check_reply(reply.content, module)
+    if "refusal" in reply.content:
+        raise JobFailed(str(reply.content.config_records["refusal"].get("code", "refused")), "The site refused.")
+    weights = from_record(reply.content, WEIGHTS[module], expected)
+    progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
+    stated = reply.content.config_records["receipt"]
+    receipt = Receipt(
+        head=str(stated["head"]),
+        epsilon=_number(stated["epsilon"]),
+        epsilon_lifetime=_number(stated["epsilon_lifetime"]),
+        steps=int(_number(stated["steps"])),
+        private=stated["private"] is True,
+        order=order,
+    )
+    return SiteReply(weights, progress, receipt)
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise JobFailed("reply_malformed", "A reply holds something else where a finite number belongs.")
+    return float(value)
+
+
+def _aggregate(
+    plan: StudyPlan, state: StudyState, module: Module, number: int, replies: dict[str, SiteReply]
+) -> StudyState:
+    sites = sorted(replies)
+    name = WEIGHTS[module]
+    average = weighted_average({site: replies[site].weights for site in sites}, site_weights(plan, sites))
+    weights = {**state.weights, name: average}
+    if module == "gan":
+        weights["generator_ema"] = moving_average(state.weights["generator_ema"], average, plan.gan.ema_decay)
+    rows: list[CurveRow] = [{"round": number, "site": site, **replies[site].progress} for site in sites]
+    receipts = {**state.receipts}
+    for site in sites:
+        receipts[site] = {**receipts.get(site, {}), module: replies[site].receipt}
+    return replace(
+        state,
+        weights=weights,
+        rounds={**state.rounds, module: number},
+        curves={**state.curves, module: state.curves[module] + rows},
+        receipts=receipts,
+    )
+
+
+def _from_encoder(plan: StudyPlan, state: StudyState) -> State:
+    autoencoder, dnn = make_autoencoder(plan), make_radiogenomic_dnn(plan)
+    autoencoder.load_state_dict(state.weights["autoencoder"])
+    dnn.load_state_dict(state.weights["radiogenomics"])
+    start_from_encoder(dnn, autoencoder)
+    return {name: tensor.clone() for name, tensor in dnn.state_dict().items()}
+
+
+def _exchange(grid: Grid, messages: Iterable[Message], timeout: float) -> dict[int, Message]:
+    """Send `messages` and gather replies by node until all are in or `timeout` seconds have passed.
+
+    An error about a lost node names the wrong source, so replies are matched by the message that they answer.
+    """
+    messages = list(messages)
+    waiting = dict(zip(grid.push_messages(messages), (m.metadata.dst_node_id for m in messages), strict=True))
+    replies: dict[int, Message] = {}
+    deadline = time.monotonic() + timeout
+    while waiting and time.monotonic() < deadline:
+        for reply in grid.pull_messages(list(waiting)):
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                replies[node] = reply
+        if waiting:
+            time.sleep(_POLL_SECONDS)
+    return replies

@@ -1,0 +1,127 @@
+"""What travels between coordinator and site: a closed list of message types and records, checked on both sides.
+
+A message to a site carries a task (plan digest, module, round) and model weights. A reply carries the module's weights,
+a progress record of quantities that are post-processing of noisy states, and a receipt of the ledger; or a refusal
+code. Nothing else is defined, so nothing else can leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedsynth.errors import JobFailed
+from fedsynth.plan import MODULES, Module
+
+State = dict[str, Tensor]
+
+MESSAGE_TYPES: dict[Module, str] = {module: f"train.{module}" for module in MODULES}
+# The record that holds a module's weights, in a task and in its reply.
+WEIGHTS: dict[Module, str] = {"autoencoder": "autoencoder", "radiogenomics": "radiogenomics", "gan": "generator"}
+# Progress quantities a reply may carry; each is computed from noisy states and synthetic data only.
+PROGRESS: dict[Module, frozenset[str]] = {
+    "autoencoder": frozenset({"update_norm"}),
+    "radiogenomics": frozenset({"update_norm"}),
+    "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
+}
+# Receipt of the ledger: public functions of public plans, and the digest of the ledger's newest entry.
+RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
+LARGEST_NORM = 1e4
+
+
+def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
+    """Pack a state dict (name -> tensor) as a Flower record."""
+    return ArrayRecord({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def from_record(content: RecordDict, name: str, expected: Mapping[str, Tensor]) -> State:
+    """Unpack the arrays called `name`, which must look exactly like `expected`.
+
+    Args:
+        content: a message's content.
+        name: record name.
+        expected: a state dict of the model that the weights are for.
+
+    Raises:
+        JobFailed: ``record_missing``, ``arrays_differ`` (names, shapes or types), ``arrays_not_finite`` or
+            ``arrays_too_large`` (norm above `LARGEST_NORM`).
+    """
+    if name not in content.array_records:
+        raise JobFailed("record_missing", f"The message carries no arrays called {name!r}.")
+    arrays = content.array_records[name]
+    if set(arrays) != set(expected):
+        raise JobFailed("arrays_differ", f"The arrays of {name!r} are not those of the plan's model.")
+    for key, model_tensor in expected.items():
+        array = arrays[key]
+        if tuple(array.shape) != tuple(model_tensor.shape) or array.dtype != _numpy_dtype(model_tensor):
+            raise JobFailed("arrays_differ", f"{name}/{key} is {array.dtype}{tuple(array.shape)}, not as in the plan.")
+    state: State = {key: torch.from_numpy(arrays[key].numpy().copy()) for key in expected}
+    check_state(state, name)
+    return state
+
+
+def check_state(state: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights that are not finite or absurdly large.
+
+    Raises:
+        JobFailed: ``arrays_not_finite`` or ``arrays_too_large``.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
+        raise JobFailed("arrays_not_finite", f"The arrays of {name!r} hold values that are not finite.")
+    norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in state.values()))
+    if norm > LARGEST_NORM:
+        raise JobFailed("arrays_too_large", f"The arrays of {name!r} have norm {norm:.3g}, above {LARGEST_NORM:g}.")
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, types, shapes and bytes of the weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        array = state[name].detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _numpy_dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def task_record(study: str, module: Module, round_number: int) -> ConfigRecord:
+    """What is asked of a site: plan digest, module, round (from 1)."""
+    return ConfigRecord({"study": study, "module": module, "round": round_number})
+
+
+def refusal(code: str) -> RecordDict:
+    """The reply of a site that does not do what was asked: a code, without text."""
+    return RecordDict({"refusal": ConfigRecord({"code": code})})
+
+
+def check_reply(content: RecordDict, module: Module) -> None:
+    """Make sure that a reply holds exactly the records that `module` may send.
+
+    Raises:
+        JobFailed: ``reply_not_in_closed_list``.
+    """
+    names = set(content)
+    if names == {"refusal"}:
+        return
+    progress, receipt = content.metric_records.get("progress"), content.config_records.get("receipt")
+    if (
+        names != {WEIGHTS[module], "progress", "receipt"}
+        or WEIGHTS[module] not in content.array_records
+        or progress is None
+        or set(progress) != PROGRESS[module]
+        or receipt is None
+        or set(receipt) != RECEIPT
+    ):
+        raise JobFailed("reply_not_in_closed_list", f"A reply of {module!r} holds records that it may not hold.")
+
+
+def progress_record(values: Mapping[str, float]) -> MetricRecord:
+    """Progress quantities as a Flower record."""
+    return MetricRecord({key: float(value) for key, value in values.items()})

@@ -1,0 +1,75 @@
+"""The chain that links a synthetic patient: genes -> morphology and label -> image and mask.
+
+Everything here uses released weights and fresh noise only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsynth.models.condition import condition, slice_positions
+from fedsynth.models.dcgan import Generator
+from fedsynth.models.gene_autoencoder import GeneAutoencoder, generate_expression
+from fedsynth.models.radiogenomic_dnn import RadiogenomicDNN
+from fedsynth.morphology import denormalise
+from fedsynth.plan import StudyPlan
+from fedsynth.synthetic import SyntheticPatient
+
+
+@dataclass(frozen=True)
+class SyntheticProfiles:
+    """Synthetic patients before their images: genes (N, G), morphology (N, F) in [0, 1], labels (N,) class codes."""
+
+    genes: Tensor
+    morphology: Tensor
+    labels: Tensor
+
+
+def draw_profiles(
+    autoencoder: GeneAutoencoder, dnn: RadiogenomicDNN, count: int, generator: torch.Generator, clip: float
+) -> SyntheticProfiles:
+    """Draw genes from the autoencoder, morphology from the DNN, and labels from the DNN's class probabilities."""
+    autoencoder.eval()
+    dnn.eval()
+    with torch.no_grad():
+        genes = generate_expression(autoencoder, count, generator, clip)
+        morphology, logits = dnn(genes)
+        labels = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator)[:, 0]
+    return SyntheticProfiles(genes, morphology, labels)
+
+
+def draw_patients(
+    plan: StudyPlan, generator_model: Generator, profiles: SyntheticProfiles, generator: torch.Generator
+) -> list[SyntheticPatient]:
+    """Draw a volume for each profile: one z a patient, every slice position of the plan.
+
+    Returns:
+        One patient a profile, ``SYN0001`` onwards, images in [0, 1], mask 1 where the mask channel is above its middle.
+    """
+    generator_model.eval()
+    positions = slice_positions(plan.image.slices)
+    patients = []
+    for i in range(len(profiles.labels)):
+        z = torch.randn(1, plan.gan.latent_dim, generator=generator).expand(len(positions), -1)
+        code = condition(
+            profiles.labels[i].expand(len(positions)),
+            profiles.morphology[i].expand(len(positions), -1),
+            positions,
+            len(plan.label.classes),
+        )
+        with torch.no_grad():
+            volume = generator_model(z, code).transpose(0, 1)
+        patients.append(
+            SyntheticPatient(
+                participant_id=f"SYN{i + 1:04d}",
+                label=plan.label.classes[int(profiles.labels[i])],
+                genes=profiles.genes[i].numpy(),
+                morphology=denormalise(profiles.morphology[i].numpy(), plan.morphology.features),
+                images=((volume[:-1] + 1) / 2).numpy(),
+                mask=(volume[-1] > 0).to(torch.uint8).numpy(),
+            )
+        )
+    return patients
