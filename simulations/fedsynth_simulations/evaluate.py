@@ -1,0 +1,123 @@
+"""`evaluate`: the first numbers of a release, each beside its real-data ceiling and its floor.
+
+Only whoever holds real patients can run this: a simulation, or a study of public data. The numbers are computed on
+held-out patients without privacy; at a hospital each of them would be a release of its own, and be charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsynth.errors import UsageError
+from fedsynth.evaluation import Evaluation
+from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
+from fedsynth.metrics.phantoms import phantom_slices
+from fedsynth.plan import StudyPlan
+from fedsynth.progress import say
+from fedsynth.synthetic import SyntheticPatient
+from fedsynth_client.cohort import Cohort
+from fedsynth_simulations.evaluation.columns import NOT_ASKED, Columns
+from fedsynth_simulations.evaluation.fidelity import fidelity
+from fedsynth_simulations.evaluation.genes import genes
+from fedsynth_simulations.evaluation.radiogenomics import radiogenomics, remeasured
+from fedsynth_simulations.evaluation.samples import (
+    cohort_profiles,
+    cohort_volumes,
+    synthetic_profiles,
+    synthetic_volumes,
+)
+from fedsynth_simulations.evaluation.utility import utility
+
+PHANTOMS = 4000
+
+
+def evaluate(
+    plan: StudyPlan,
+    train: Cohort,
+    holdout: Cohort,
+    synthetic: Sequence[SyntheticPatient],
+    public_only: Sequence[SyntheticPatient] | None,
+    extractor: DomainExtractor | None,
+    predict_morphology: Callable[[NDArray[np.float32]], NDArray[np.floating]],
+    data: str,
+    seed: int,
+) -> Evaluation:
+    """Measure fidelity, utility, radiogenomics and genes of a release.
+
+    Args:
+        plan: the study plan, whose scales and feature order all arguments share.
+        train: real patients of all sites that were trained on; the ceiling. See `concatenate`.
+        holdout: real patients of all sites that nothing was trained on.
+        synthetic: the release.
+        public_only: patients of the warm-start generator without any private data; None when there is none.
+        extractor: the named feature network, trained on public data; None trains one on phantoms.
+        predict_morphology: the released DNN: genes (N, G) -> morphology (N, F) normalised to [0, 1].
+        data: what the real patients are, for the reader, e.g. ``"simulated patients"``.
+        seed: of every random draw; the same seed gives the same numbers on the same machine.
+
+    Raises:
+        UsageError: ``extractor_channels`` or ``synthetic_label_unknown``.
+    """
+    channels = len(plan.image.sequences)
+    if extractor is not None and extractor.channels != channels:
+        raise UsageError(
+            "extractor_channels",
+            f"The extractor takes {extractor.channels} channels, the plan has {channels} sequences.",
+        )
+    # A stream a section: what one section draws does not shift the numbers of the next.
+    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(5)]
+    if extractor is None:
+        extractor = phantom_extractor(channels, draws[0])
+
+    holdout_volumes, holdout_profiles = cohort_volumes(holdout), cohort_profiles(holdout)
+    volumes = Columns(
+        synthetic_volumes(plan, synthetic),
+        cohort_volumes(train),
+        public_only=NOT_ASKED if public_only is None else synthetic_volumes(plan, public_only),
+    )
+    profiles = Columns(
+        synthetic_profiles(plan, synthetic),
+        cohort_profiles(train),
+        public_only=NOT_ASKED if public_only is None else synthetic_profiles(plan, public_only),
+    )
+    sections = []
+    say("Evaluating fidelity")
+    sections.append(fidelity(volumes, holdout_volumes, extractor, draws[1]))
+    say("Evaluating utility")
+    sections.append(utility(plan, volumes, holdout_volumes, extractor, draws[2]))
+    say("Evaluating radiogenomics")
+    measured = remeasured(plan, synthetic, holdout, public_only)
+    sections.append(radiogenomics(plan, profiles, holdout_profiles, predict_morphology, measured, draws[3]))
+    say("Evaluating genes")
+    sections.append(genes(plan, profiles, holdout_profiles, draws[4]))
+    return Evaluation(
+        data=data, n_train=len(train), n_holdout=len(holdout), n_synthetic=len(synthetic), sections=sections
+    )
+
+
+def phantom_extractor(channels: int, rng: np.random.Generator) -> DomainExtractor:
+    """The extractor for want of a public cohort: trained on drawn ellipses with and without a lesion."""
+    say("Training the feature extractor on phantoms")
+    images, targets = phantom_slices(PHANTOMS, channels, 64, rng)
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    return train_extractor(images, targets, generator, f"{PHANTOMS} drawn phantoms")
+
+
+def concatenate(cohorts: Sequence[Cohort]) -> Cohort:
+    """All patients of `cohorts`, which share one plan, in one cohort.
+
+    Raises:
+        ValueError: there are none, or their arrays differ in any dimension but the first.
+    """
+    return Cohort(
+        tuple(entry for cohort in cohorts for entry in cohort.entries),
+        np.concatenate([cohort.images for cohort in cohorts]),
+        np.concatenate([cohort.masks for cohort in cohorts]),
+        np.concatenate([cohort.genes for cohort in cohorts]),
+        np.concatenate([cohort.morphology for cohort in cohorts]),
+        np.concatenate([cohort.labels for cohort in cohorts]),
+    )
