@@ -32,8 +32,13 @@ class ImageSources(Section):
     layout: Literal["dicom", "bids", "folders", "manifest", "slices"]
     path: str = "images"
     sequences: dict[str, Patterns] = Field(description="study sequence -> fnmatch patterns, case-insensitive")
-    mask_patterns: Patterns = ["*seg*", "*mask*"]
-    mask_codes: dict[str, MaskClass] = {"1": "tumour"}
+    mask_patterns: Patterns = Field(default=["*seg*", "*mask*"])
+    mask_codes: dict[str, MaskClass] = Field(default={"1": "tumour"})
+    assume_orientation: str | None = Field(
+        default=None,
+        pattern=r"^[LRAPSI]{3}$",
+        description="for NIfTI headers that give none: where the three indices grow to, e.g. LPS",
+    )
     volume_index: int | None = Field(default=None, description="which volume of a 4D NIfTI file to take")
     pixel_spacing_mm: float | None = Field(default=None, gt=0, description="for slices, whose files hold no geometry")
     slice_spacing_mm: float | None = Field(default=None, gt=0, description="for slices, whose files hold no geometry")
@@ -41,7 +46,16 @@ class ImageSources(Section):
     @model_validator(mode="after")
     def _slices_need_geometry(self) -> Self:
         if self.layout == "slices" and (self.pixel_spacing_mm is None or self.slice_spacing_mm is None):
-            raise ValueError("layout 'slices' needs pixel_spacing_mm and slice_spacing_mm: PNG and JPEG hold no geometry")
+            raise ValueError(
+                "layout 'slices' needs pixel_spacing_mm and slice_spacing_mm: PNG and JPEG hold no geometry"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _orientation_has_three_axes(self) -> Self:
+        axes = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}
+        if self.assume_orientation is not None and len({axes[letter] for letter in self.assume_orientation}) != 3:
+            raise ValueError("assume_orientation needs one letter each of L or R, A or P, S or I")
         return self
 
 
