@@ -1,0 +1,108 @@
+"""The ledger as a data officer reads it: what was spent on what, and what is left."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel
+
+from fedsynth.dp.accounting import Mechanism, epsilon
+from fedsynth_client.ledger import Entry
+from fedsynth_client.site import Site
+
+
+class Spending(BaseModel):
+    """What one module of one study was charged. `epsilon_alone` is of this module by itself at the policy's delta."""
+
+    study: str
+    module: str
+    rounds: int
+    steps: int
+    sample_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    private: bool
+    epsilon_alone: float
+
+
+class Account(BaseModel):
+    """The whole ledger of a site. `epsilon` composes all spendings at `delta`; it is less than the sum of its parts."""
+
+    site: str
+    spendings: list[Spending]
+    epsilon: float
+    delta: float
+    max_epsilon: float
+    left: float
+    entries: int
+    messages_sent: int
+    head: str
+
+
+def account(site: Site) -> Account:
+    """Read the ledger, check its chain, and compose what it holds at the policy's delta.
+
+    Raises:
+        Refused: ``ledger_tampered`` or ``policy_missing``.
+    """
+    policy, ledger = site.policy(), site.ledger()
+    entries = ledger.entries()
+    charges = [entry for entry in entries if entry.kind == "charge"]
+    groups = list(dict.fromkeys((entry.body["study"], entry.body["module"]) for entry in charges))
+    delta = policy.max_delta or 1e-5
+    spent = epsilon(ledger.history(), delta)
+    return Account(
+        site=policy.site,
+        spendings=[
+            _spending([e for e in charges if (e.body["study"], e.body["module"]) == group], delta) for group in groups
+        ],
+        epsilon=spent,
+        delta=delta,
+        max_epsilon=policy.max_epsilon,
+        left=max(policy.max_epsilon - spent, 0.0),
+        entries=len(entries),
+        messages_sent=sum(entry.kind == "sent" for entry in entries),
+        head=ledger.head,
+    )
+
+
+def _spending(charges: list[Entry], delta: float) -> Spending:
+    body = charges[0].body
+    history = [Mechanism(c.body["sample_rate"], c.body["noise_multiplier"], c.body["steps"]) for c in charges]
+    return Spending(
+        study=body["study"],
+        module=body["module"],
+        rounds=len(charges),
+        steps=sum(m.steps for m in history),
+        sample_rate=body["sample_rate"],
+        noise_multiplier=body["noise_multiplier"],
+        max_grad_norm=body["max_grad_norm"],
+        private=all(c.body["private"] for c in charges),
+        epsilon_alone=epsilon(history, delta),
+    )
+
+
+def render(current: Account) -> None:
+    """Print the account as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})")
+    for name in ("study", "module", "rounds", "steps", "sample rate", "noise", "clip", "epsilon alone", "private"):
+        table.add_column(name, justify="left" if name in ("study", "module") else "right")
+    for s in current.spendings:
+        table.add_row(
+            s.study[:12],
+            s.module,
+            str(s.rounds),
+            str(s.steps),
+            f"{s.sample_rate:.3f}",
+            f"{s.noise_multiplier:g}",
+            f"{s.max_grad_norm:g}",
+            f"{s.epsilon_alone:.3f}",
+            "yes" if s.private else "NO",
+        )
+    console.print(table)
+    console.print(
+        f"Spent, all composed: epsilon {current.epsilon:.4f} of {current.max_epsilon:g}; left {current.left:.4f}.\n"
+        f"{current.entries} entries, chain intact, {current.messages_sent} replies sent; head {current.head[:16]}."
+    )

@@ -1,0 +1,93 @@
+"""The privacy statement of a study, from its plan and the receipts of the sites' ledgers."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fedsynth.budget import mechanism
+from fedsynth.dp.accounting import epsilon
+from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
+from fedsynth.errors import Refused
+from fedsynth.plan import StudyPlan
+from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
+from fedsynth_server.checkpoint import StudyState
+
+_TRUST = (
+    "Each hospital trusts its own machines. The coordinator is honest-but-curious: it sees every site's noisy weights, "
+    "and the epsilon of a site holds against it as well as against recipients. Sites need not trust each other."
+)
+_COMPOSITION = (
+    "Disjoint patients at several sites compose in parallel: a patient's epsilon is that of the patient's own site. A "
+    "patient who is treated at two sites of the study has the sum of both. Later releases from the same cohorts add to "
+    "the lifetime epsilon, which each site's ledger keeps."
+)
+_NOT_COVERED = [
+    "the choice of panel, sequences, architectures and hyper-parameters, made on public or simulated data",
+    "the declared (rounded) cohort sizes, which sites and modules took part, and the times of their messages",
+    "floating-point effects of the noise generator (Mironov 2012)",
+    "what a recipient infers about everybody from correlations that hold in the population",
+]
+
+
+def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
+    """What the sites spent on the study, as their receipts say, checked against what the plan allows.
+
+    Raises:
+        Refused: ``receipts_missing``: no site has sent one. ``epsilon_above_plan``: a site's receipt is above the budget.
+    """
+    if not state.receipts:
+        raise Refused("receipts_missing", "No site has taken part in this study yet, so there is nothing to release.")
+    sites = []
+    for name, by_module in sorted(state.receipts.items()):
+        mechanisms = []
+        for module, receipt in by_module.items():
+            charged = mechanism(plan, name, module, steps=receipt.steps)
+            mechanisms.append(
+                Mechanism(
+                    module=module,
+                    sample_rate=charged.sample_rate,
+                    noise_multiplier=charged.noise_multiplier,
+                    max_grad_norm=plan.training(module).max_grad_norm,
+                    steps=charged.steps,
+                    steps_planned=plan.training(module).steps,
+                    epsilon_alone=epsilon([charged], plan.privacy.delta, plan.privacy.accountant),
+                )
+            )
+        newest = max(by_module.values(), key=lambda receipt: receipt.order)
+        if newest.epsilon > plan.privacy.epsilon + 1e-6:
+            raise Refused(
+                "epsilon_above_plan",
+                f"Site {name} states epsilon {newest.epsilon:.4f}, above the plan's {plan.privacy.epsilon:g}.",
+            )
+        sites.append(
+            SiteStatement(
+                name=name,
+                nominal_patients=plan.site(name).nominal_patients,
+                epsilon=newest.epsilon,
+                epsilon_lifetime=newest.epsilon_lifetime,
+                ledger_head=newest.head,
+                mechanisms=mechanisms,
+            )
+        )
+    private = plan.privacy.reproducible_seed is None and all(
+        receipt.private for by_module in state.receipts.values() for receipt in by_module.values()
+    )
+    return PrivacyStatement(
+        study=plan.name,
+        plan_digest=plan.digest,
+        private=private,
+        epsilon_budget=plan.privacy.epsilon,
+        delta=plan.privacy.delta,
+        accountant={"rdp": "Renyi DP of the sampled Gaussian mechanism", "prv": "privacy random variables"}[
+            plan.privacy.accountant
+        ]
+        + " (Opacus)",
+        accountant_version=version("opacus"),
+        noise_source=SystemRandomness.description if private else SeededRandomness.description,
+        sites=sites,
+        trust_model=_TRUST,
+        composition=_COMPOSITION,
+        not_covered=_NOT_COVERED,
+        intended_use="Developing and teaching methods for paired imaging and expression data; software tests.",
+        forbidden_use="Diagnosis or treatment of anyone; attempts to single out or to re-identify a person.",
+    )
