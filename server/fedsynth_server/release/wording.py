@@ -128,7 +128,7 @@ def _against_floor_and_ceiling(figure: Figure, value: float) -> tuple[float | No
         return place, "floor", ("No better than the floor." if place == 0 else "Worse than the floor.",)
     where = "At the ceiling or beyond it." if place >= 1 else f"Between floor and ceiling: {percent(place)} of the way."
     if _reaches(figure, figure.floor):
-        return place, "floor", (where, "Its interval reaches the floor: chance is not ruled out.")
+        return place, "floor", (f"{where[:-1]}, but its interval reaches the floor: chance is not ruled out.",)
     return place, "ceiling" if place >= 0.5 else "between", (where,)
 
 
