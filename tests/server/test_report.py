@@ -192,7 +192,7 @@ def curves(of: StudyPlan) -> Curves:
                 row: dict[str, float | int | str] = {"round": at, "site": site.name}
                 row["update_norm"] = 2.4 / at**0.4 + 0.3 * place + wave
                 if module == "gan":
-                    row["loss_on_generated"] = 0.2 + 0.9 * (1 - 0.9**at) + wave / 2
+                    row["generator_loss"] = 0.2 + 0.9 * (1 - 0.9**at) + wave / 2
                 rows.append(row)
         found[module] = rows
     return found

@@ -45,6 +45,13 @@ VERIFICATION = (
     (f"openssl pkey -pubin -in {PUBLIC_KEY} -outform DER | sha256sum", "The key's fingerprint"),
 )
 
+# Captions of the quantities that sites send (`fedsynth.records.PROGRESS`); another one is shown by its name alone.
+MEANINGS = {
+    "update_norm": "how far a round moved the weights",
+    "generator_loss": "lower: the sites’ discriminators take generated images for real",
+    "fake_score": "the local discriminator’s mean logit on generated images",
+}
+
 MODULE_TITLES = {"autoencoder": "Gene autoencoder", "radiogenomics": "Radiogenomic DNN", "gan": "Conditional GAN"}
 
 
@@ -202,6 +209,7 @@ class Panel:
     """One quantity of a module."""
 
     quantity: str
+    meaning: str
     chart: Markup
 
 
@@ -346,7 +354,9 @@ def _module(module: str, rows: Sequence[Mapping[str, float | int | str]], sites:
         series = [_series(site, place, column, ordered) for place, site in enumerate(sites)]
         if any(math.isfinite(value) for one in series for _, value in one.points):
             title = column.replace("_", " ")
-            panels.append(Panel(title, line_chart(series, title, f"curve-{module}-{len(panels)}")))
+            panels.append(
+                Panel(title, MEANINGS.get(column, ""), line_chart(series, title, f"curve-{module}-{len(panels)}"))
+            )
     return ModuleView(
         title=MODULE_TITLES.get(module, module),
         panels=panels,
