@@ -9,11 +9,14 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsynth.expression import to_panel_scale
+from fedsynth.plan import GenePlan
 from fedsynth_simulations.cohort.latents import draw_latents
 from fedsynth_simulations.cohort.panel import BYSTANDERS, load_panel, pathways
 
 # What a gene is like does not differ between sites or runs: biology has one seed, patients have another.
 _BIOLOGY_SEED = 20_190_218
+_LARGEST_SCORE = 3.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def public_expression_reference(
         rng: source of the population.
 
     Returns:
-        center (G,), scale (G,), on the scale of standard normal scores clipped to +-3.
+        center (G,), scale (G,), on the scale of `reference_quantiles`.
 
     Raises:
         ValueError: an unknown gene, or fewer than two patients.
@@ -106,21 +109,21 @@ def public_expression_reference(
     if unknown or n < 2:
         raise ValueError(f"expected known genes and at least two patients; got {unknown} unknown, n = {n}")
     columns = [known[gene] for gene in panel]
-    scores = np.stack([normal_scores(draw_tpm(draw_latents(rng).pathways, 0.0, rng)[columns]) for _ in range(n)])
+    # The very mapping of ingest, before any gene has a centre or scale.
+    uncentred = GenePlan(
+        panel=list(panel),
+        reference_quantiles=reference_quantiles(),
+        center=[0.0] * len(panel),
+        scale=[1.0] * len(panel),
+        clip=2 * _LARGEST_SCORE,
+    )
+    profiles = [draw_tpm(draw_latents(rng).pathways, 0.0, rng)[columns] for _ in range(n)]
+    scores = np.stack([to_panel_scale(profile, uncentred) for profile in profiles]).astype(np.float64)
     return scores.mean(axis=0), scores.std(axis=0, ddof=1)
 
 
-def normal_scores(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Map one sample's values (G,) to the standard normal quantiles of their ranks; ties share their mean rank."""
-    from scipy.stats import rankdata
-
-    grid = reference_quantiles()
-    position = (rankdata(values) - 1) / max(len(values) - 1, 1)
-    return np.interp(position, np.linspace(0, 1, len(grid)), grid)
-
-
-def reference_quantiles(points: int = 513) -> NDArray[np.float64]:
-    """(points,) standard normal quantile function on an even grid over [0, 1], clipped to +-3."""
+def reference_quantiles(points: int = 201) -> list[float]:
+    """Standard normal quantile function on an even grid of `points` over [0, 1], clipped to +-3."""
     from scipy.stats import norm
 
-    return np.clip(norm.ppf(np.linspace(0, 1, points)), -3.0, 3.0)
+    return np.clip(norm.ppf(np.linspace(0, 1, points)), -_LARGEST_SCORE, _LARGEST_SCORE).tolist()

@@ -61,29 +61,46 @@ class Acquisition:
     shading: NDArray[np.float32]
     noise: float
 
+    def only(self, *names: str) -> Acquisition:
+        """The acquisition of the sequences `names` alone."""
+        rows = [list(self.signals).index(name) for name in names]
+        return Acquisition({name: self.signals[name] for name in names}, self.shading[rows], self.noise)
+
 
 @dataclass(frozen=True)
-class SimulatedPatient:
-    """Everything about one simulated patient.
+class Subject:
+    """One simulated patient before any scan.
 
     Attributes:
-        images: sequence -> (S, H, W) float32, not negative, white matter on T1 about 1.
-        mask: (S, H, W) uint8, codes of `fedsynth.morphology`.
-        grid: where the voxels lie.
-        tpm: (G,) expression of `expression.biology().genes`.
         latents: ground truth.
+        tpm: (G,) expression of `expression.biology().genes`.
         label: grade, ``"low"`` or ``"high"``.
-        head, acquisition: for further scans of the same patient.
+        head: anatomy and tumour.
+        acquisition: how the site's scanner sees them.
     """
 
-    images: dict[str, NDArray[np.float32]]
-    mask: NDArray[np.uint8]
-    grid: Grid
-    tpm: NDArray[np.float64]
     latents: Latents
+    tpm: NDArray[np.float64]
     label: str
     head: Head
     acquisition: Acquisition
+
+
+@dataclass(frozen=True)
+class SimulatedPatient:
+    """A patient and a scan of all sequences on one grid.
+
+    Attributes:
+        subject: genes, label, ground truth.
+        images: sequence -> (S, H, W) float32, not negative, white matter on T1 about 1.
+        mask: (S, H, W) uint8, codes of `fedsynth.morphology`.
+        grid: where the voxels lie.
+    """
+
+    subject: Subject
+    images: dict[str, NDArray[np.float32]]
+    mask: NDArray[np.uint8]
+    grid: Grid
 
 
 def draw_patient(
@@ -94,22 +111,32 @@ def draw_patient(
     severity: float = 0.0,
     batch_effect: NDArray[np.float64] | float = 0.0,
 ) -> SimulatedPatient:
-    """Draw one patient of a site and scan every sequence of its style on one grid.
+    """Draw one patient of a site, see `draw_subject`, and scan every sequence of its style on `grid`."""
+    subject = draw_subject(anatomy, style, rng, severity, batch_effect)
+    images, mask = scan(anatomy, subject.head, subject.acquisition, grid, rng)
+    return SimulatedPatient(subject, images, mask, grid)
+
+
+def draw_subject(
+    anatomy: Anatomy,
+    style: Style,
+    rng: np.random.Generator,
+    severity: float = 0.0,
+    batch_effect: NDArray[np.float64] | float = 0.0,
+) -> Subject:
+    """Draw one patient of a site.
 
     Args:
         anatomy: the atlas.
         style: the site's scanner.
         rng: source of everything about this patient.
-        grid: of the scan.
         severity: mean malignancy of the site's patients, in standard deviations.
         batch_effect: of the site's laboratory, see `expression.draw_batch_effect`.
     """
     latents = draw_latents(rng, severity)
     tpm = draw_tpm(latents.pathways, batch_effect, rng)
     head = draw_head(anatomy, style, latents.drivers, rng)
-    acquisition = draw_acquisition(style, rng)
-    images, mask = scan(anatomy, head, acquisition, grid, rng)
-    return SimulatedPatient(images, mask, grid, tpm, latents, latents.label, head, acquisition)
+    return Subject(latents, tpm, latents.label, head, draw_acquisition(style, rng))
 
 
 def draw_head(anatomy: Anatomy, style: Style, drivers: dict[str, float], rng: np.random.Generator) -> Head:

@@ -8,17 +8,15 @@ drivers ask for: volume and composition are exact whatever the anatomy around.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from fedsynth.morphology import BACKGROUND, ENHANCING, NECROSIS, OEDEMA
 from fedsynth_simulations.cohort.anatomy import FLUID, FLUID_SOFT, GREY, WHITE, WHITE_SOFT, Anatomy
 
 LATTICE_MM = 3.0  # on which the levels are chosen
-Value = TypeVar("Value", float, NDArray[np.float32])
-
 # (N,) each: when oedema, the core and necrosis reach a place.
 Orders = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
@@ -89,9 +87,9 @@ def radius_mm(volume_ml: float) -> float:
 def wish_for(drivers: dict[str, float], anatomy: Anatomy, rng: np.random.Generator) -> TumourWish:
     """Turn standard normal drivers (`latents.DRIVERS`) into a wish; all ranges are those of adult gliomas."""
     enhancement, oedema = drivers["enhancement"], drivers["oedema"]
-    enhancing = 0.62 * _sigmoid(-0.9 + 1.3 * enhancement - 0.3 * oedema)
+    enhancing = 0.62 * float(expit(-0.9 + 1.3 * enhancement - 0.3 * oedema))
     # Small cores do not outgrow their supply: no necrosis without a sizeable ring.
-    of_core = 0.55 * _sigmoid(0.9 * drivers["necrosis"] + 0.5 * enhancement) * enhancing**2 / (enhancing**2 + 0.01)
+    of_core = 0.55 * float(expit(0.9 * drivers["necrosis"] + 0.5 * enhancement)) * enhancing**2 / (enhancing**2 + 0.01)
     # The place that is asked for, in the box of the possible ones, then the possible one that is nearest to it.
     sites = anatomy.tumour_sites_mm
     asked = np.array([drivers["left"] * 34.0, 2.0 + drivers["posterior"] * 32.0, 18.0 + drivers["superior"] * 18.0])
@@ -134,7 +132,7 @@ def orders(
     rho = np.linalg.norm(offsets_mm @ tumour.shape.T, axis=1)
     irregularity = tumour.wish.irregularity
     fluid = tissue[FLUID_SOFT]
-    beyond = _sigmoid(-tumour.side * across_mm / 3.0) * (1 - 0.5 * tissue[WHITE_SOFT])
+    beyond = expit(-tumour.side * across_mm / 3.0) * (1 - 0.5 * tissue[WHITE_SOFT])
     delay = _FLUID_DELAY * fluid + _FALX_DELAY * beyond
     # Oedema runs along white matter and spares cortex.
     whole = rho / (0.72 + 0.45 * tissue[WHITE_SOFT]) + irregularity * 1.2 * rough[0] + delay
@@ -200,7 +198,3 @@ def _level(values: NDArray[np.float32], count: int) -> float:
     if count >= values.size:
         return float(values.max()) + 1e-6
     return float(np.partition(values, count)[count])
-
-
-def _sigmoid(x: Value) -> Value:
-    return 1 / (1 + np.exp(-x))
