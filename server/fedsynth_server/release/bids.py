@@ -72,7 +72,7 @@ def write_bids_dataset(root: Path, rows: Sequence[Row], facts: ReleaseFacts) -> 
     (root / "phenotype").mkdir()
     _write_table(root / "phenotype/expression", expression_columns(facts.plan), rows, [row.genes for row in rows])
     _write_table(root / "phenotype/morphology", morphology_columns(facts.plan), rows, [row.morphology for row in rows])
-    (root / MASKS / "README.md").write_text(f"# Tumour masks\n\n{NOT_A_PATIENT}. {_HOW}\n", encoding="utf-8")
+    (root / MASKS / "README.md").write_text(_masks_readme(facts), encoding="utf-8")
     dump(
         root / MASKS / "dataset_description.json",
         {
@@ -88,6 +88,15 @@ def write_bids_dataset(root: Path, rows: Sequence[Row], facts: ReleaseFacts) -> 
 
 
 _HOW = "Each mask was drawn by the generator together with its images; nobody drew or corrected it."
+
+
+def _masks_readme(facts: ReleaseFacts) -> str:
+    return f"""# Tumour masks of study {facts.plan.name}
+
+{NOT_A_PATIENT}. Release {facts.identifier}.
+
+{_HOW} A mask lies on the grid of its images: 1 in the tumour, 0 elsewhere; a patient may have no tumour voxel at all.
+"""
 
 
 def _write_nifti(path: Path, volume: NDArray[Any], grid: Grid) -> None:

@@ -17,12 +17,14 @@ from fedsynth.plan import StudyPlan, save_plan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.release.bids import write_bids_dataset, write_bids_patient
+from fedsynth_server.release.content import privacy_faults
 from fedsynth_server.release.croissant import write_croissant
 from fedsynth_server.release.dicom import write_dicom_patient
 from fedsynth_server.release.facts import NOT_A_PATIENT, Publication, ReleaseFacts
 from fedsynth_server.release.index import ReleaseIndex
 from fedsynth_server.release.jsonfile import dump
 from fedsynth_server.release.manifest import fingerprint, load_key, write_manifest
+from fedsynth_server.release.opened import Release
 from fedsynth_server.release.patients import Row, check_patient, row_of
 from fedsynth_server.release.preview import Example, ReferenceExamples, comparison_sheet, example_of, preview_sheet
 from fedsynth_server.release.sequences import mr_sequences
@@ -69,11 +71,12 @@ def make_release(
 
     Raises:
         UsageError: a wrong argument; nothing was written.
-        Refused: ``release_exists``.
+        Refused: ``release_exists``; ``release_privacy``, when a site spent more than the plan allows or than it states.
         JobFailed: ``disk_full``, ``release_empty`` or ``synthetic_patient_invalid``; nothing half-made is left.
     """
     facts = ReleaseFacts(plan, statement, released, publication or Publication())
     _check_arguments(out, plan, formats, curves)
+    _check_statement(out, facts, formats)
     key = load_key(key_path)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
@@ -116,6 +119,14 @@ def _check_arguments(out: Path, plan: StudyPlan, formats: Collection[str], curve
         for point in points:
             if any(isinstance(value, float) and not math.isfinite(value) for value in point.values()):
                 raise UsageError("curve_not_finite", f"The training curve {name!r} holds a value that is not finite.")
+
+
+def _check_statement(out: Path, facts: ReleaseFacts, formats: Collection[str]) -> None:
+    """Refuse what a recipient would refuse, before anything is written."""
+    release = Release(out, ReleaseIndex.of(facts, formats, n_patients=1), facts.plan, facts.statement)
+    faults = privacy_faults(release)
+    if faults:
+        raise Refused("release_privacy", f"The privacy statement does not hold: {'; '.join(faults)}.")
 
 
 def _write_patients(

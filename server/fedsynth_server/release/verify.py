@@ -43,7 +43,7 @@ class VerificationResult:
 
     Attributes:
         fingerprint: of the key inside the folder; empty when it has none that can be read.
-        signer_is_trusted: whether that key is the one that the recipient named; None when none was named.
+        signer_is_trusted: whether the key that the recipient named signed it; None when none was named.
         warnings: what a recipient must know even when every check is ok.
     """
 
@@ -102,7 +102,7 @@ def verify(folder: Path, trusted_key: Path | None = None, trusted_fingerprint: s
     skipped = "not looked at, because an earlier check failed"
     missing = [name for name in ("structure", *(name for name, _, _ in content.CHECKS)) if name not in names]
     checks += [Check(name, "skipped", skipped) for name in missing]
-    signer = None if trusted is None else bool(found) and found == trusted
+    signer = None if trusted is None else signature.status == "ok"
     return VerificationResult(checks, found, signer, warnings)
 
 
