@@ -45,7 +45,7 @@ $(VENV)/.simulations: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing fedsynth and its development tools into $(VENV) (a few minutes the first time) ..."
-	$(PIP) -c constraints.txt -e '.[simulations,dev]'
+	$(PIP) -c constraints.txt -e '.[simulations,dev]' hatchling
 	@touch $@ $(VENV)/.simulations
 
 $(BIN)/python:

@@ -67,7 +67,7 @@ def write_report(
     n_patients: int,
     comparison_png: bytes | None = None,
 ) -> None:
-    """Write the report to `path`, whole or not at all; equal arguments give equal bytes.
+    """Write the report to `path`, whole or not at all; equal arguments and versions give equal bytes.
 
     Args:
         path: the HTML file.
