@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from pydicom import Dataset, dcmread
 
 from fedsynth.plan import ImagePlan, StudyPlan
 from fedsynth.synthetic import SyntheticPatient
-from fedsynth_server.release.dicom import MR_ATTRIBUTES
+from fedsynth_server.release.dicom import MR_ATTRIBUTES, save_dataset
 from fedsynth_server.release.geometry import Grid, to_ras, to_stored
 
 BIDS_VALIDATOR = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent)) or shutil.which(
@@ -164,6 +165,14 @@ def test_both_conventions_give_a_voxel_the_same_place(
     x, y, z = grid.position(s)
     ras = grid.ras_affine @ [*index, 1]
     np.testing.assert_allclose(ras[:3], [-(x + w * pixel), -(y + h * pixel), z], atol=1e-9)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_keeps_its_error_number(made: Path) -> None:
+    dataset = dcmread(made / "dicom/SYN0001/T1/0001.dcm")
+    with pytest.raises(OSError, match="space") as failure:
+        save_dataset(dataset, Path("/dev/full"))
+    assert failure.value.errno == errno.ENOSPC
 
 
 def test_intensities_are_clipped_and_rounded() -> None:

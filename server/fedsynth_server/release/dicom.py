@@ -6,6 +6,7 @@ it (Contributing Equipment, PS3.3 C.12.1.1.5). UIDs derive from the patient's co
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
@@ -70,11 +71,25 @@ def write_dicom_patient(folder: Path, patient: SyntheticPatient, facts: ReleaseF
         place = home / sequence.name
         place.mkdir(parents=True)
         for index, dataset in enumerate(series[-1], start=1):
-            dataset.save_as(place / f"{index:04d}.dcm", enforce_file_format=True)
+            save_dataset(dataset, place / f"{index:04d}.dcm")
     place = home / SEGMENTATION_FOLDER
     place.mkdir()
     mask = _segmentation(series[0], patient.mask, len(sequences) + 1, key, facts)
-    mask.save_as(place / "mask.dcm", enforce_file_format=True)
+    save_dataset(mask, place / "mask.dcm")
+
+
+def save_dataset(dataset: Dataset, path: Path) -> None:
+    """Write a DICOM file.
+
+    Encoded first and written after: pydicom wraps an error of the disk in one that has lost its number, and a full disk
+    could then not be told from a fault.
+
+    Raises:
+        OSError: as the operating system gave it.
+    """
+    encoded = io.BytesIO()
+    dataset.save_as(encoded, enforce_file_format=True)
+    path.write_bytes(encoded.getvalue())
 
 
 def _uid(key: str, *what: str) -> UID:

@@ -63,8 +63,8 @@ def read_tsv(path: Path) -> tuple[list[str], list[list[str]]]:
     Raises:
         Refused: ``table_malformed``, when it is empty or its rows differ in length.
     """
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    if not lines or any(len(line) != len(lines[0]) for line in lines):
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    if lines == [[""]] or any(len(line) != len(lines[0]) for line in lines):
         raise Refused("table_malformed", f"{path.name} is empty or has rows of different length.")
     return lines[0], lines[1:]
 
