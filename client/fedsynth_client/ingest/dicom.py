@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ from pydicom.pixels import get_decoder  # type: ignore[attr-defined]
 from pydicom.uid import (
     UID,
     EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     LegacyConvertedEnhancedMRImageStorage,
     MRImageStorage,
     MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
@@ -67,8 +70,14 @@ _TAGS = [
     "BurnedInAnnotation",
     "DiffusionBValue",
     "SamplesPerPixel",
+    "PhotometricInterpretation",
     "Rows",
     "Columns",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+    "RescaleIntercept",
+    "RescaleSlope",
     "PixelSpacing",
     "ImagePositionPatient",
     "ImageOrientationPatient",
@@ -85,6 +94,21 @@ _SECONDARY_CAPTURES = {
 }
 _FRAMED = _ENHANCED | _SEGMENTATIONS
 _DIFFUSION_TYPES = {"DIFFUSION", "ADC", "TRACEW", "FA", "TENSOR"}
+
+
+@dataclass(frozen=True)
+class NativePixels:
+    """Where a slice's unsigned little-endian pixels lie in its file, and what makes values of them.
+
+    Reading them from there, once the header was read, spares parsing every file twice.
+    """
+
+    offset: int
+    bits_allocated: int
+    bits_stored: int
+    inverted: bool
+    slope: float
+    intercept: float
 
 
 @dataclass(frozen=True)
@@ -107,6 +131,7 @@ class Header:
     spacing: tuple[float, float] | None
     position: tuple[float, float, float] | None
     orientation: tuple[float, ...] | None
+    native: NativePixels | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ class SliceSeries:
     def read(self) -> Volume:
         """Sort by geometry, check, decode and rescale; see `Source.read`."""
         ordered, affine = arrange(self.headers)
-        return Volume(np.stack([_pixels(header.path) for header in ordered]), affine)
+        return Volume(np.stack([_pixels(header) for header in ordered]), affine)
 
     def read_mask(self, codes: Mapping[str, MaskClass]) -> Volume:
         """Read the slices as a label map; see `Source.read_mask`."""
@@ -305,8 +330,9 @@ def _header(path: Path) -> Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ds = dcmread(path, stop_before_pixels=True, specific_tags=list(_TAGS))
-            return _parse(path, ds)
+            with path.open("rb") as stream:
+                ds = dcmread(stream, stop_before_pixels=True, specific_tags=list(_TAGS))
+                return _parse(path, ds, stream)
     except InvalidDicomError:
         raise Unusable(Reason.NOT_DICOM) from None
     except EOFError:
@@ -318,7 +344,7 @@ def _header(path: Path) -> Header:
         raise Unusable(Reason.UNDECODABLE) from None
 
 
-def _parse(path: Path, ds: Dataset) -> Header:
+def _parse(path: Path, ds: Dataset, stream: BinaryIO) -> Header:
     sop_class = str(ds.get("SOPClassUID", ""))
     if not sop_class:
         # An export that was cut within the file meta information has no SOP class any more; a DICOMDIR never had one.
@@ -346,6 +372,40 @@ def _parse(path: Path, ds: Dataset) -> Header:
         spacing=_floats(ds, "PixelSpacing", 2),  # type: ignore[arg-type]
         position=_floats(ds, "ImagePositionPatient", 3),  # type: ignore[arg-type]
         orientation=_floats(ds, "ImageOrientationPatient", 6),
+        native=None if sop_class in _FRAMED else _native(ds, stream),
+    )
+
+
+def _native(ds: Dataset, stream: BinaryIO) -> NativePixels | None:
+    """Where the pixels lie, when they are uncompressed, little-endian, unsigned and grey; None for all other kinds.
+
+    `stream` stands at the pixel data element, where reading the header stopped (PS3.5 7.1.2 and 7.1.3).
+
+    Raises:
+        Unusable: ``TRUNCATED`` when the file ends before the pixels do.
+    """
+    syntax = str(ds.file_meta.get("TransferSyntaxUID", ""))
+    rows, columns, allocated = ds.get("Rows"), ds.get("Columns"), ds.get("BitsAllocated")
+    if syntax not in (ExplicitVRLittleEndian, ImplicitVRLittleEndian) or not rows or not columns:
+        return None
+    if allocated not in (8, 16) or ds.get("PixelRepresentation") != 0 or (ds.get("SamplesPerPixel") or 1) != 1:
+        return None
+    start = stream.tell()
+    element = stream.read(12)
+    if element[:4] != b"\xe0\x7f\x10\x00":
+        if not element:
+            raise Unusable(Reason.TRUNCATED)
+        return None
+    offset = start + (12 if syntax == ExplicitVRLittleEndian else 8)
+    if stream.seek(0, os.SEEK_END) < offset + int(rows) * int(columns) * (allocated // 8):
+        raise Unusable(Reason.TRUNCATED)
+    return NativePixels(
+        offset=offset,
+        bits_allocated=int(allocated),
+        bits_stored=int(ds.get("BitsStored") or allocated),
+        inverted=ds.get("PhotometricInterpretation") == "MONOCHROME1",
+        slope=float(ds.get("RescaleSlope") or 1.0),
+        intercept=float(ds.get("RescaleIntercept") or 0.0),
     )
 
 
@@ -443,23 +503,44 @@ def _choose(candidates: Sequence[_Candidate], images: ImageSources) -> tuple[dic
     return volumes, refused
 
 
-def _pixels(path: Path) -> NDArray[np.float32]:
+def _pixels(header: Header) -> NDArray[np.float32]:
     """Decode one slice and apply its rescale slope and intercept; MONOCHROME1 is turned so that bright is high.
 
     Raises:
         Unusable: the pixels cannot be decoded.
     """
+    if header.native is None or header.matrix is None:
+        return _decoded(header.path)
+    native = header.native
+    try:
+        dtype = np.dtype("<u2" if native.bits_allocated == 16 else "u1")
+        stored = np.fromfile(header.path, dtype, header.matrix[0] * header.matrix[1], offset=native.offset)
+        stored = stored.reshape(header.matrix) & dtype.type(2**native.bits_stored - 1)
+    except READ_FAILURES:
+        raise Unusable(Reason.UNREADABLE, header.path.name) from None
+    return _values_of(stored, native.inverted, native.bits_stored, native.slope, native.intercept)
+
+
+def _decoded(path: Path) -> NDArray[np.float32]:
+    """The same through pydicom and its codecs, for every other way to store pixels."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ds = dcmread(path)
             stored = ds.pixel_array
+            inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
+            slope, intercept = float(ds.get("RescaleSlope") or 1.0), float(ds.get("RescaleIntercept") or 0.0)
+            return _values_of(stored, inverted, int(ds.BitsStored), slope, intercept)
     except READ_FAILURES as error:
         raise Unusable(_decode_reason(path, error), path.name) from None
+
+
+def _values_of(
+    stored: NDArray[np.generic], inverted: bool, bits_stored: int, slope: float, intercept: float
+) -> NDArray[np.float32]:
     values = stored.astype(np.float32)
-    if ds.get("PhotometricInterpretation") == "MONOCHROME1":
-        values = float(2 ** int(ds.BitsStored) - 1) - values
-    slope, intercept = float(ds.get("RescaleSlope") or 1.0), float(ds.get("RescaleIntercept") or 0.0)
+    if inverted:
+        values = np.float32(2**bits_stored - 1) - values
     return values if (slope, intercept) == (1.0, 0.0) else values * np.float32(slope) + np.float32(intercept)
 
 
