@@ -23,7 +23,7 @@ def kernel_distance(
 ) -> float:
     """Mean over random subsets of the squared MMD with the kernel (x.y / D + 1)^3; 0 in expectation for equal laws.
 
-    Unbiased, so it may come out slightly negative.
+    Unbiased, so it may come out negative, the more so the fewer the samples and the heavier the features' tails.
 
     Args:
         real: (N, D) features.

@@ -53,7 +53,8 @@ def fidelity(
     real = reference
     manifolds = compared.map(lambda f: precision_recall(real, f))
     densities = compared.map(lambda f: density_coverage(real, f))
-    size = f"{patients} patients a column, {slices} slices each, from the levels of the head; floor: the mean real slice, repeated."
+    size = f"{patients} patients a column, {slices} slices each, at the levels of the head."
+    floor_is = "Floor: the mean real slice, again and again."
     named = f"Features: {extractor.name}. Not comparable with published FID."
     return Section(
         id="fidelity",
@@ -65,18 +66,22 @@ def fidelity(
             "ask whether every kind of real slice occurs among them, and fall to 0 for a generator that draws one "
             "picture again and again. The column 'real' compares the real training patients with the held-out ones and "
             "is the best that can be hoped for; all columns use as many patients and slices, because these numbers "
-            "depend on how many there are. With few patients they vary from draw to draw. They say nothing about whether a single image is anatomically right, and "
+            "depend on how many there are. With few patients they vary from draw to draw. They "
+            "say nothing about whether a single image is anatomically right, and "
             "they are no test of privacy."
         ),
         figures=[
             figure(
-                "FID in domain features", "lower", compared.map(lambda f: frechet_distance(real, f)), f"{named} {size}"
+                "FID in domain features",
+                "lower",
+                compared.map(lambda f: frechet_distance(real, f)),
+                f"{named} {size} {floor_is}",
             ),
             figure(
                 "KID in domain features",
                 "lower",
                 compared.map(lambda f: kernel_distance(real, f, rng)),
-                "Same features. Unbiased, so it can be slightly negative.",
+                "Same features. Unbiased, so it can be negative, with few patients clearly so.",
             ),
             figure("Precision", "higher", manifolds.map(lambda pair: pair[0]), "Nearest neighbours: 3."),
             figure("Recall", "higher", manifolds.map(lambda pair: pair[1]), "Nearest neighbours: 3."),
