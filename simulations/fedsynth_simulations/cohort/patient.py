@@ -235,11 +235,11 @@ def _paint(
     )
     image = np.maximum(healthy, 0)
     # Fluid stays fluid where oedema surrounds it, and a trace of the tissue shows through.
-    wet = _soft(parts.whole, _FRINGE_MM) * brain * (0.78 + 0.08 * texture) * (1 - tissue[FLUID])
-    oedema = signal.oedema * tumour.wish.wetness * (1 + 0.06 * texture)
+    wet = _soft(parts.whole, _FRINGE_MM) * brain * (0.82 + 0.08 * texture) * (1 - tissue[FLUID])
+    oedema = signal.oedema * tumour.wish.wetness**signal.water * (1 + 0.06 * texture)
     image = image + wet * (oedema - image)
     ring = _soft(parts.core, _RIM_MM) * brain
-    bright = 1 + (tumour.wish.brightness - 1) * (signal.enhancing > 1)
+    bright = tumour.wish.brightness**signal.uptake
     image = image + ring * (signal.enhancing * bright * (1 + 0.1 * texture) - image)
     dead = _soft(parts.necrosis, _RIM_MM) * brain
     return np.asarray(image + dead * (signal.necrosis * (1 + 0.08 * texture) - image), dtype=np.float32)

@@ -12,7 +12,11 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Contrast:
-    """Signal of each tissue in one sequence; white matter on T1 is about 1."""
+    """Signal of each tissue in one sequence; white matter on T1 is about 1.
+
+    `detail` is the share of the atlas' texture that shows. `water` and `uptake` are the powers with which oedema follows
+    the tumour's wetness and the ring its brightness.
+    """
 
     white: Range
     grey: Range
@@ -21,6 +25,8 @@ class Contrast:
     enhancing: Range
     necrosis: Range
     detail: Range
+    water: float
+    uptake: float
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Signal:
     enhancing: float
     necrosis: float
     detail: float
+    water: float
+    uptake: float
 
 
 def draw_signal(contrast: Contrast, rng: np.random.Generator) -> Signal:
@@ -67,6 +75,8 @@ def draw_signal(contrast: Contrast, rng: np.random.Generator) -> Signal:
         enhancing=rng.uniform(*contrast.enhancing),
         necrosis=rng.uniform(*contrast.necrosis),
         detail=rng.uniform(*contrast.detail),
+        water=contrast.water,
+        uptake=contrast.uptake,
     )
 
 
@@ -85,14 +95,16 @@ def style(name: str, grey_t1: float, fluid_flair: float, uptake: float, spread: 
     def around(value: float) -> Range:
         return value * (1 - spread), value * (1 + spread)
 
-    def contrast(white: float, grey: float, fluid: float, oedema: float, enhancing: float, necrosis: float) -> Contrast:
-        return Contrast(
-            around(white), around(grey), around(fluid), around(oedema), around(enhancing), around(necrosis), (0.6, 1.1)
-        )
+    def contrast(
+        tissue: tuple[float, float, float], tumour: tuple[float, float, float], water: float, uptake: float
+    ) -> Contrast:
+        white, grey, fluid = map(around, tissue)
+        oedema, enhancing, necrosis = map(around, tumour)
+        return Contrast(white, grey, fluid, oedema, enhancing, necrosis, (0.6, 1.1), water, uptake)
 
-    t1 = contrast(1.0, grey_t1, 0.28, 0.68, 0.7, 0.42)
-    t1c = contrast(1.0, grey_t1 * 1.06, 0.28, 0.7, uptake, 0.4)
-    flair = contrast(0.52, 0.66, fluid_flair, 1.12, 0.92, 0.55)
+    t1 = contrast((1.0, grey_t1, 0.28), (0.52, 0.6, 0.36), water=-0.5, uptake=0.0)
+    t1c = contrast((1.0, grey_t1 * 1.06, 0.28), (0.55, uptake, 0.36), water=-0.5, uptake=1.0)
+    flair = contrast((0.52, 0.66, fluid_flair), (1.12, 0.92, 0.55), water=1.0, uptake=0.0)
     return Style(name, {"T1": t1, "T1c": t1c, "FLAIR": flair}, **scanner)
 
 

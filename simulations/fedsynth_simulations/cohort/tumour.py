@@ -20,6 +20,7 @@ LATTICE_MM = 3.0  # on which the levels are chosen
 # (N,) each: when oedema, the core and necrosis reach a place.
 Orders = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 
+_LARGEST_CORE = 0.9  # share of the whole: some oedema is always left
 _FLUID_DELAY, _FALX_DELAY = 0.9, 1.2
 
 
@@ -34,7 +35,7 @@ class TumourWish:
         middle_mm: (3,) place of the middle in the atlas, one of `Anatomy.tumour_sites_mm`.
         irregularity: standard deviation of the boundary, in radii.
         brightness: how strongly the ring enhances, about 1.
-        wetness: how bright oedema is on FLAIR, about 1.
+        wetness: how much water oedema holds, about 1; bright on FLAIR, dark on T1.
     """
 
     volume_ml: float
@@ -94,10 +95,11 @@ def wish_for(drivers: dict[str, float], anatomy: Anatomy, rng: np.random.Generat
     sites = anatomy.tumour_sites_mm
     asked = np.array([drivers["left"] * 34.0, 2.0 + drivers["posterior"] * 32.0, 18.0 + drivers["superior"] * 18.0])
     nearest = int(np.argmin(((sites - asked) ** 2).sum(axis=1)))
+    necrotic = min(enhancing * of_core / (1 - of_core), _LARGEST_CORE - enhancing)
     return TumourWish(
         volume_ml=float(np.clip(np.exp(np.log(42.0) + 0.75 * drivers["volume"]), 4.0, 160.0)),
         enhancing=enhancing,
-        necrotic=enhancing * of_core / (1 - of_core),
+        necrotic=necrotic,
         middle_mm=sites[nearest],
         irregularity=float(0.16 + 0.05 * np.clip(drivers["irregularity"], -2, 2)),
         brightness=float(np.clip(1.0 + 0.16 * enhancement + 0.05 * rng.standard_normal(), 0.6, 1.5)),

@@ -51,8 +51,7 @@ def study_header(identity: Identity, study: Study) -> Dataset:
     ds.InstitutionName = identity.institution
     ds.InstitutionAddress = f"1 {identity.institution} Road"
     ds.ReferringPhysicianName = f"{identity.physician}^Dr"
-    ds.OperatorsName = identity.physician
-    ds.PhysiciansOfRecord = identity.physician
+    ds.OperatorsName = ds.PhysiciansOfRecord = f"{identity.physician}^"
     ds.StationName = identity.device[:16]
     ds.StudyDescription = f"MR BRAIN {identity.other_id}"
     ds.ManufacturerModelName = "Simulator 3T"
@@ -69,10 +68,11 @@ def study_header(identity: Identity, study: Study) -> Dataset:
     ds.SoftwareVersions = "1"
     ds.StudyInstanceUID = f"{identity.uid_root}.{study.number}"
     ds.StudyID = identity.accession[:16]
+    ds.PositionReferenceIndicator = ""
     ds.FrameOfReferenceUID = f"{identity.uid_root}.{study.number}.0"
     private = ds.private_block(_PRIVATE_GROUP, _PRIVATE_CREATOR, create=True)
     private.add_new(0x01, "LO", f"{identity.family} {identity.given}")
-    private.add_new(0x02, "UN", identity.comment.encode())
+    private.add_new(0x02, "UN", _even(identity.comment.encode()))
     return ds
 
 
@@ -156,6 +156,11 @@ def write_series(
         path.write_bytes(encoder.file(uid, instance, decimals(position), location, pixels.tobytes()))
         files.append(path)
     return files
+
+
+def _even(value: bytes) -> bytes:
+    """Padded as PS3.5, 6.2.2 wants unknown values; pydicom leaves them as they are."""
+    return value + b"\0" * (len(value) % 2)
 
 
 def instance_number(place: int, count: int, last_slice_first: bool) -> int:

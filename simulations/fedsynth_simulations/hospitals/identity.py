@@ -5,10 +5,28 @@ Whoever finds one of them outside a site's folder has found a leak.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
+# Which identifiers each site's files hold.
+_PLANTED = {
+    "north": (
+        "patient_id",
+        "family",
+        "given",
+        "address",
+        "other_id",
+        "accession",
+        "comment",
+        "institution",
+        "physician",
+        "device",
+        "uid_root",
+    ),
+    "south": ("patient_id", "family", "given", "other_id", "accession", "comment", "institution", "device"),
+    "east": ("patient_id", "family", "address", "comment"),
+}
 _LETTERS = np.array(list("BCDFGHJKLMNPQRSTVWXZ"))
 
 
@@ -38,9 +56,9 @@ class Identity:
     device: str
     uid_root: str
 
-    def planted(self) -> list[str]:
-        """Every string that must never leave the site."""
-        return [getattr(self, field.name) for field in fields(self) if field.name != "birth_date"]
+    def planted(self, site: str) -> list[str]:
+        """The strings that the files of `site` hold and that must never leave it."""
+        return [getattr(self, name) for name in _PLANTED[site]]
 
 
 def draw_identity(site: str, index: int, rng: np.random.Generator, site_rng: np.random.Generator) -> Identity:
@@ -56,9 +74,11 @@ def draw_identity(site: str, index: int, rng: np.random.Generator, site_rng: np.
     def token(stream: np.random.Generator, letters: int = 8) -> str:
         return "".join(stream.choice(_LETTERS, letters))
 
+    family = f"PLANTFAMILY{token(rng)}"
     return Identity(
-        patient_id=f"{site[0].upper()}{token(rng, 4)}{index:04d}",
-        family=f"PLANTFAMILY{token(rng)}",
+        # One hospital names its folders after its patients.
+        patient_id=f"{family}_{index:04d}" if site == "east" else f"{site[0].upper()}{token(rng, 4)}{index:04d}",
+        family=family,
         given=f"PLANTGIVEN{token(rng)}",
         birth_date=f"{rng.integers(1935, 1995)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}",
         address=f"PLANTSTREET {token(rng)} {rng.integers(1, 200)}",

@@ -88,6 +88,7 @@ def write_hospitals(folder: Path, patients: int, seed: int, workers: int | None 
     for site in SITES:
         own = [patient for patient in written if patient.site == site.name]
         write_tables(folder / site.name, site, [patient.row for patient in own], generator(seed, site, _TABLES))
+    _write_export_log(folder / "north" / "images", [patient.row for patient in written if patient.site == "north"])
     _describe_bids(folder / "south" / "images")
     _write_truth(folder / "truth", written)
 
@@ -125,13 +126,14 @@ def _write_patient(task: _Task) -> _Written:
         job = Job(task.folder, identity, case, subject, generator(seed, site, _SCAN, case.index))
         _WRITERS[site.name](job, anatomy)
     row = Row(identity, case, tuple(subject.tpm.tolist()), subject.label)
-    return _Written(site.name, row, _truth(identity, case, subject))
+    return _Written(site.name, row, _truth(site, identity, case, subject))
 
 
-def _truth(identity: Identity, case: Case, subject: Subject) -> dict[str, object]:
+def _truth(site: Site, identity: Identity, case: Case, subject: Subject) -> dict[str, object]:
     wish = subject.head.tumour.wish
     return {
         "patient_id": identity.patient_id,
+        "planted": identity.planted(site.name),
         "label": subject.label,
         "pathways": dict(zip(pathways(), subject.latents.pathways.tolist(), strict=True)),
         "drivers": subject.latents.drivers,
@@ -145,6 +147,12 @@ def _truth(identity: Identity, case: Case, subject: Subject) -> dict[str, object
         "has_label": case.has_label,
         "orientation_known": case.orientation_known,
     }
+
+
+def _write_export_log(images: Path, rows: list[Row]) -> None:
+    """What an export tool leaves beside the images: a text that names everyone."""
+    lines = [f"exported {row.identity.patient_id} {row.identity.family}" for row in rows if row.case.has_images]
+    (images / "export.log").write_text("\n".join(lines) + "\n")
 
 
 def _describe_bids(images: Path) -> None:
@@ -169,7 +177,12 @@ def _write_truth(folder: Path, written: list[_Written]) -> None:
     write_json(folder / "link.json", link)
     by_site = {
         site.name: sorted(
-            {text for patient in written if patient.site == site.name for text in patient.row.identity.planted()}
+            {
+                text
+                for patient in written
+                if patient.site == site.name
+                for text in patient.row.identity.planted(site.name)
+            }
         )
         for site in SITES
     }
