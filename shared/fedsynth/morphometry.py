@@ -29,13 +29,13 @@ def largest_region(mask: NDArray[np.integer]) -> NDArray[np.uint8]:
     """`mask` (S, H, W) with only its largest contiguous region of any label; voxels touching at a corner are joined."""
     from skimage.measure import label
 
-    mask = mask.astype(np.uint8)
-    parts, count = label(mask != BACKGROUND, connectivity=3, return_num=True)
+    labels: NDArray[np.uint8] = np.asarray(mask, dtype=np.uint8)
+    parts, count = label(labels != BACKGROUND, connectivity=3, return_num=True)
     if count <= 1:
-        return mask
+        return labels
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return np.where(parts == sizes.argmax(), mask, BACKGROUND).astype(np.uint8)
+    return np.where(parts == sizes.argmax(), labels, BACKGROUND).astype(np.uint8)
 
 
 def measure(

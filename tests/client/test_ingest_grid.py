@@ -14,6 +14,7 @@ from fedsynth_client.ingest.grid import (
     Grid,
     Volume,
     canonical,
+    check_background,
     foreground,
     head_centre,
     resample,
@@ -192,3 +193,15 @@ def test_a_sequence_taken_elsewhere_is_refused() -> None:
     with pytest.raises(Unusable) as refused:
         on_study_grid([volume, Volume(volume.data, moved)], Volume(mask, volume.affine), plan)
     assert refused.value.reason is Reason.OUTSIDE_REFERENCE
+
+
+def test_grey_air_is_refused_and_a_head_cut_on_one_side_is_not() -> None:
+    data = np.full((10, 40, 40), 2.0)
+    data[:, 8:32, 8:32] = 100.0
+    check_background(data)
+    data[:, :, 30:] = 100.0
+    data[:, :8] = 2.0
+    check_background(data)
+    with pytest.raises(Unusable) as refused:
+        check_background(np.where(data == 2.0, 50.0, data))
+    assert refused.value.reason is Reason.BACKGROUND_NOT_DARK

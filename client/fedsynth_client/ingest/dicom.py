@@ -277,10 +277,10 @@ def arrange(headers: Sequence[Header]) -> tuple[list[Header], NDArray[np.float64
     if steps.min() < 0.01:
         raise Unusable(Reason.DUPLICATE_SLICES, f"{int((steps < 0.01).sum())} of {len(headers)}")
     gaps = np.rint(steps / step)
+    if (np.abs(steps - gaps * step) > SPACING_TOLERANCE_MM * gaps).any():
+        raise Unusable(Reason.IRREGULAR_SPACING)
     if (gaps > 1).any():
         raise Unusable(Reason.MISSING_SLICES, f"{int((gaps - 1)[gaps > 1].sum())} between {len(headers)} present")
-    if np.abs(steps - step).max() > SPACING_TOLERANCE_MM:
-        raise Unusable(Reason.IRREGULAR_SPACING)
     affine = np.eye(4)
     affine[:3, 0] = (positions[order[-1]] - positions[order[0]]) / (len(headers) - 1)
     affine[:3, 1] = along_column * first.spacing[0]

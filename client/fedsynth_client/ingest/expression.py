@@ -37,7 +37,7 @@ _MONTHS = "jan|feb|mar|mär|mrz|apr|may|mai|jun|jul|aug|sep|sept|oct|okt|nov|dec
 # What a spreadsheet makes of MARCHF1 (MARCH1), SEPTIN2 (SEPT2), DELEC1 (DEC1), POU5F1 (OCT4), ...
 _EXCEL_DATE = re.compile(
     rf"^(\d{{1,2}}[-. ]+({_MONTHS})\.?(-\d{{2,4}})?|({_MONTHS})[- ]\d{{1,4}}"
-    r"|\d{4}-\d{2}-\d{2}( 00:00:00)?|\d{1,2}/\d{1,2}/\d{2,4})$",
+    r"|\d{4}-\d{2}-\d{2}( 00:00:00)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4})$",
     re.IGNORECASE,
 )
 _LARGEST_LOG2 = 25.0  # log2 of a million transcripts is 20

@@ -22,6 +22,7 @@ from fedsynth_client.ingest.refusals import Reason, Unusable
 HEAD_HEIGHT_MM = 160.0
 _SUBSAMPLED_EDGE = 96
 _NEGATIVE_SHARE = 0.05
+_DARK = 0.25
 
 
 @dataclass(frozen=True)
@@ -274,3 +275,23 @@ def check_intensities(data: NDArray[Any]) -> None:
     # Interpolation leaves faint ringing below zero beside edges; a normalised volume has half of its head there.
     if low < 0 and float(np.mean(data < -_NEGATIVE_SHARE * high)) > 0.01:
         raise Unusable(Reason.NEGATIVE_INTENSITIES)
+
+
+def check_background(data: NDArray[Any]) -> None:
+    """Refuse a canonical volume (S, H, W) whose air is not dark, by the corners of its slices.
+
+    Phase-sensitive inversion recovery shows air in mid-grey; scaled like the others it would teach a grey background.
+
+    Raises:
+        Unusable: ``BACKGROUND_NOT_DARK``.
+    """
+    height, width = (max(1, edge // 20) for edge in data.shape[1:])
+    corners = [
+        data[:, rows, columns]
+        for rows in (slice(height), slice(-height, None))
+        for columns in (slice(width), slice(-width, None))
+    ]
+    # Three corners of four, so that a slice cut close to the head on one side still passes.
+    grey = sorted(float(np.median(corner)) for corner in corners)[1]
+    if grey > _DARK * float(np.percentile(data, 99.5)):
+        raise Unusable(Reason.BACKGROUND_NOT_DARK)

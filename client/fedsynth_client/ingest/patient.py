@@ -13,6 +13,7 @@ from fedsynth_client.ingest.found import MASK, PatientFiles
 from fedsynth_client.ingest.grid import (
     Volume,
     canonical,
+    check_background,
     check_intensities,
     foreground,
     resample,
@@ -67,6 +68,7 @@ def build(patient: PatientFiles, image: ImagePlan, mask_codes: dict[str, MaskCla
             volume = canonical(source.read_mask(mask_codes) if name == MASK else source.read())
             if name != MASK:
                 check_intensities(volume.data)
+                check_background(volume.data)
             volumes[name] = volume
         except Unusable as error:
             refused.append(Refusal("volume", source.where, error.reason, error.detail))

@@ -90,6 +90,10 @@ class Reason(Enum):
         "The volume holds many negative values: it was normalised before, so that its background is unknown.",
         "Offer the magnitude image as the scanner wrote it.",
     )
+    BACKGROUND_NOT_DARK = (
+        "The air around the head is not dark (a real-valued reconstruction, or an added offset).",
+        "Offer the magnitude image.",
+    )
     SEVERAL_CANDIDATES = ("Several files match the same sequence.", "Narrow the patterns until one file remains.")
     SEVERAL_SEQUENCES = ("The file matches patterns of several sequences equally well.", "Narrow the patterns.")
     UNKNOWN_MASK_CODE = ("The mask holds a code that images.mask_codes does not name.", "Add the code to mask_codes.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +71,20 @@ def read_table(path: Path, as_text: bool) -> Table:
         # R's write.table leaves the corner cell out.
         header = ["", *header]
     try:
-        cells = pd.read_csv(
-            io.StringIO("\n".join(line for line in lines[start + 1 :] if not line.startswith("!"))),
-            sep=separator,
-            header=None,
-            names=range(len(header)),
-            index_col=False,
-            dtype=str if as_text else None,
-            keep_default_na=not as_text,
-            low_memory=False,
-            on_bad_lines="error",
-        )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError):
+        with warnings.catch_warnings():
+            # pandas drops the surplus of a first row that is longer than the header, and only warns.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            cells = pd.read_csv(
+                io.StringIO("\n".join(line for line in lines[start + 1 :] if not line.startswith("!"))),
+                sep=separator,
+                header=None,
+                names=range(len(header)),
+                index_col=False,
+                dtype=str if as_text else None,
+                keep_default_na=not as_text,
+                low_memory=False,
+                on_bad_lines="error",
+            )
+    except (pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError, ValueError):
         raise Unusable(Reason.TABLE_UNREADABLE, "rows of different length") from None
     return Table([name.strip() for name in header], cells, start + 2)
