@@ -63,13 +63,13 @@ def fidelity(
             "Slices of the synthetic patients are compared with slices of held-out real patients, who took no part in "
             "training, by the features of a small neural network. The distances (FID, KID) are 0 for the same "
             "distribution. Precision and density ask whether synthetic slices look like real ones; recall and coverage "
-            "ask whether every kind of real slice occurs among them, and fall to 0 for a generator that draws one "
+            "ask whether every kind of real slice occurs among them, and fall towards 0 for a generator that draws one "
             "picture again and again. The column 'real' compares the real training patients with the held-out ones and "
             "is the best that can be hoped for; all columns use as many patients and slices, because these numbers "
-            "depend on how many there are. With few patients they vary from draw to draw. They "
-            "say nothing about whether a single image is anatomically right, and they are no test of privacy. All numbers of "
-            "this report were computed on the held-out patients without noise, which is harmless for simulated or public "
-            "patients only: at a hospital each would have to be paid for from the privacy budget."
+            "depend on how many there are. With few patients they vary from draw to draw. They say nothing about "
+            "whether a single image is anatomically right, and they are no test of privacy. All quality figures were "
+            "computed on the held-out patients without noise, which is harmless for simulated or public patients only: "
+            "at a hospital each would have to be paid for from the privacy budget."
         ),
         figures=[
             figure(
