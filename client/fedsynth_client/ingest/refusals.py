@@ -64,7 +64,7 @@ class Reason(Enum):
     COLOUR = ("The pixels are in colour.", "Offer the greyscale original.")
     NO_PATTERN_MATCHES = ("No pattern of sources.toml matches the series.", "Add a pattern if it should be taken.")
     ANOTHER_WAS_CHOSEN = ("Another series of the same sequence was taken.", "Narrow the pattern to choose yourself.")
-    ANOTHER_STUDY = ("An earlier examination of the patient was taken.", "Nothing to do.")
+    ANOTHER_STUDY = ("Another examination was taken: the earliest with the most sequences.", "Nothing to do.")
     TOO_FEW_SLICES = ("The series has too few slices to be a volume.", "Offer a series that covers the brain.")
     MISSING_SLICES = ("Slices are missing between the first and the last.", "Export the whole series again.")
     DUPLICATE_SLICES = ("Two slices lie at the same place.", "Export one volume a series (one echo, one time point).")
