@@ -136,7 +136,10 @@ def _levers(plan: StudyPlan, module: Module) -> dict[str, StudyPlan]:
             update={"privacy": plan.privacy.model_copy(update={"epsilon": 2 * plan.privacy.epsilon})}
         ),
         "twice the patients a site": plan.model_copy(
-            update={"sites": bigger, module: training.model_copy(update={"expected_batch": 2 * training.expected_batch})}
+            update={
+                "sites": bigger,
+                module: training.model_copy(update={"expected_batch": 2 * training.expected_batch}),
+            }
         ),
         "twice the steps": with_training(rounds=2 * training.rounds),
     }

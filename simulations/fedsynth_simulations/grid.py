@@ -24,6 +24,10 @@ from flwr.supercore.task_identity import TaskIdentity
 Wiretap = Callable[[str, int, bytes], None]
 
 
+def untapped(direction: str, node: int, content: bytes) -> None:
+    """Look at nothing."""
+
+
 class InProcessGrid(Grid):
     """Delivers messages to one ClientApp under several contexts.
 
@@ -39,7 +43,7 @@ class InProcessGrid(Grid):
         client_app: ClientApp,
         site_folders: dict[int, Path],
         run_config: dict[str, bool | float | int | str] | None = None,
-        wiretap: Wiretap = lambda direction, node, content: None,
+        wiretap: Wiretap = untapped,
     ) -> None:
         self._app = client_app
         self._run = Run.create_empty(run_id=1)

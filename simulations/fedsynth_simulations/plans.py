@@ -1,0 +1,115 @@
+"""The plans of the studies that `fedsynth simulate` runs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsynth.errors import UsageError
+from fedsynth.plan import (
+    AggregationPlan,
+    AutoencoderPlan,
+    GanPlan,
+    GenePlan,
+    LabelPlan,
+    PrivacyPlan,
+    RadiogenomicsPlan,
+    SitePlan,
+    StudyPlan,
+    WarmStart,
+)
+from fedsynth_simulations.cohort.expression import public_expression_reference, reference_quantiles
+from fedsynth_simulations.cohort.panel import load_panel
+
+_PUBLIC_PROFILES = 400
+_REFERENCE_SEED = 1  # the public reference population is the same in every study
+
+
+def simulated_genes() -> GenePlan:
+    """The panel with per-gene centre and scale of a simulated public population."""
+    panel = [gene for gene, _ in load_panel()]
+    center, scale = public_expression_reference(panel, _PUBLIC_PROFILES, np.random.default_rng(_REFERENCE_SEED))
+    return GenePlan(
+        panel=panel,
+        reference_quantiles=reference_quantiles(),
+        center=np.round(center, 4).tolist(),
+        scale=np.round(scale, 4).tolist(),
+    )
+
+
+def zscore_genes() -> GenePlan:
+    """The panel for tables of per-gene z-scores, whose public centre is 0 and scale 1."""
+    panel = [gene for gene, _ in load_panel()]
+    return GenePlan(
+        panel=panel,
+        measure="zscore",
+        reference_quantiles=reference_quantiles(),
+        center=[0.0] * len(panel),
+        scale=[1.0] * len(panel),
+    )
+
+
+def study_plan(
+    name: str,
+    purpose: str,
+    sites: dict[str, int],
+    *,
+    genes: GenePlan,
+    epsilon: float,
+    warm_start: WarmStart | None,
+    reproducible_seed: int | None = None,
+) -> StudyPlan:
+    """A plan for sites of a few dozen to a few hundred patients.
+
+    Args:
+        name: the study's name.
+        purpose: one sentence for those who approve it.
+        sites: site name -> declared (public, rounded) number of training patients.
+        genes: panel and references.
+        epsilon: budget of a patient, all modules together.
+        warm_start: public weights for the GAN; None starts from random weights.
+        reproducible_seed: makes the run reproducible and *not private*.
+
+    Raises:
+        UsageError: ``site_too_small``: a site declares fewer than five patients.
+    """
+    smallest = min(sites.values())
+    if smallest < 5:
+        raise UsageError("site_too_small", "A site needs at least five training patients to take part.")
+    # Profiles are cheap to train on, so their modules draw half of the patients in each step: with the same budget,
+    # a large batch has less noise to signal than a small one. Image batches are bounded by the time of a step.
+    half, batch = max(smallest // 2, 2), min(max(smallest // 3, 2), 64)
+    return StudyPlan(
+        name=name,
+        purpose=purpose,
+        genes=genes,
+        label=LabelPlan(name="grade", classes=["low", "high"]),
+        privacy=PrivacyPlan(epsilon=epsilon, delta=1e-5, reproducible_seed=reproducible_seed),
+        autoencoder=AutoencoderPlan(
+            rounds=4,
+            steps_per_round=40,
+            expected_batch=half,
+            max_grad_norm=0.05,
+            learning_rate=3e-3,
+            budget_share=0.3,
+        ),
+        radiogenomics=RadiogenomicsPlan(
+            rounds=4,
+            steps_per_round=40,
+            expected_batch=half,
+            max_grad_norm=1.0,
+            learning_rate=3e-3,
+            budget_share=0.35,
+        ),
+        gan=GanPlan(
+            rounds=6,
+            steps_per_round=20,
+            expected_batch=batch,
+            max_grad_norm=1.0,
+            learning_rate=2e-4,
+            generator_learning_rate=1e-4,
+            budget_share=0.35,
+            warm_start=warm_start,
+        ),
+        aggregation=AggregationPlan(min_sites=min(2, len(sites))),
+        sites=[SitePlan(name=site, nominal_patients=count) for site, count in sites.items()],
+    )

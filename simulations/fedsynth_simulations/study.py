@@ -1,0 +1,364 @@
+"""A whole study on one machine: hospitals, ingest, federation, evaluation, release. Each stage is done once.
+
+The stages write into one folder, each under a temporary name until it is whole, so that the same command goes on after
+an interruption at any moment. The federation is the deployment's own: ClientApp, ServerApp, ledgers and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import tomli_w
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fedsynth.errors import JobFailed, Refused, UsageError
+from fedsynth.evaluation import Evaluation
+from fedsynth.files import read_json, write_json
+from fedsynth.metrics.domain_extractor import train_extractor
+from fedsynth.models.dcgan import make_generator
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.plan import MODULES, StudyPlan, load_plan, save_plan
+from fedsynth.progress import say
+from fedsynth.synthesis import SyntheticProfiles, draw_patients
+from fedsynth.synthetic import SyntheticPatient
+from fedsynth_client.app import app as client_app
+from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.ingest.command import report_path
+from fedsynth_client.ingest.prepare import prepare
+from fedsynth_client.ingest.report import render
+from fedsynth_client.ingest.sources import load_sources
+from fedsynth_client.policy import SitePolicy, save_policy
+from fedsynth_client.site import Site
+from fedsynth_server.app import app as server_app
+from fedsynth_server.checkpoint import StudyState, load_state
+from fedsynth_server.release.make import make_release
+from fedsynth_server.release.manifest import generate_key
+from fedsynth_server.release.preview import Example, ReferenceExamples
+from fedsynth_server.release.verify import verify
+from fedsynth_server.statement import privacy_statement
+from fedsynth_server.synthesis import synthesise
+from fedsynth_server.warm_start import load_warm_start
+from fedsynth_simulations.cohort.public import public_cohort
+from fedsynth_simulations.evaluate import concatenate, evaluate
+from fedsynth_simulations.evaluation.extractor import extractor_task
+from fedsynth_simulations.grid import InProcessGrid, Wiretap, run_in_process, untapped
+from fedsynth_simulations.hospitals import write_hospitals
+from fedsynth_simulations.plans import simulated_genes, study_plan, zscore_genes
+from fedsynth_simulations.weights import PACKAGED, packaged_warm_start
+
+_PUBLIC_PATIENTS = 150
+_EXAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a simulated study is asked for; stored beside it, since a resumed run must ask for the same.
+
+    Attributes:
+        patients: patients a simulated hospital.
+        seed: of the simulated hospitals (not of the privacy noise).
+        epsilon: budget of a patient.
+        synthetic: synthetic patients in the release.
+        site_folders: real folders in place of simulated hospitals; empty for a simulation.
+        sources: the `sources.toml` that describes all real folders.
+        warm_start: file of public weights, ``"packaged"`` for those of this package, or empty for random weights.
+        reproducible_seed: seeds the privacy noise: the run is then marked *not private*.
+    """
+
+    patients: int
+    seed: int
+    epsilon: float
+    synthetic: int
+    site_folders: tuple[str, ...] = ()
+    sources: str = ""
+    warm_start: str = ""
+    reproducible_seed: int | None = None
+
+
+def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
+    """Run, or go on with, the study in `out`; returns the folder of its verified release.
+
+    Raises:
+        UsageError: ``run_differs``: `out` holds a study with other settings.
+        FedsynthError: whatever a stage refuses.
+    """
+    _remember(out, settings)
+    with _stage("hospitals"):
+        sources = _hospitals(out, settings)
+    with _stage("plan"):
+        plan = _plan(out, settings, sources)
+    with _stage("sites"):
+        for name, path in sources.items():
+            _site(out / "sites" / name, name, plan, path)
+    with _stage("federation"):
+        state = _federation(out, plan, list(sources), wiretap)
+    release = out / "release"
+    if not release.is_dir():
+        with _stage("synthesis"):
+            patients = synthesise(plan, state, settings.synthetic, _synthesis_generator(settings))
+        with _stage("evaluation"):
+            cohorts = [load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in sources]
+            evaluation = _evaluation(out, plan, state, patients, concatenate(cohorts), settings)
+        with _stage("release"):
+            _release(out, plan, state, patients, evaluation, concatenate(cohorts), settings)
+    with _stage("verification"):
+        result = verify(release, release / "release.pub.pem")
+        if not result.ok:
+            raise Refused(
+                "release_not_verified", "The release does not verify.", "Run `fedsynth release verify` on it."
+            )
+    return release
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    started = time.monotonic()
+    say(f"== {name}")
+    yield
+    say(f"== {name}: {time.monotonic() - started:.1f} s")
+
+
+def _remember(out: Path, settings: Settings) -> None:
+    path, asked = out / "settings.json", json.loads(json.dumps(asdict(settings)))
+    if path.is_file():
+        held = read_json(path)
+        if held != asked:
+            changed = sorted(key for key in asked if asked[key] != held.get(key))
+            raise UsageError(
+                "run_differs",
+                f"{out} holds a study with other settings ({', '.join(changed)}).",
+                "Repeat the first command to go on with it, or name another folder with --out.",
+            )
+        return
+    if out.is_dir() and any(out.iterdir()):
+        raise UsageError("out_not_empty", f"{out} holds other files.", "Name a new or empty folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, asked)
+
+
+def _hospitals(out: Path, settings: Settings) -> dict[str, Path]:
+    """Each site's `sources.toml`."""
+    if settings.site_folders:
+        return _real_hospitals(out, settings)
+    hospitals = out / "hospitals"
+    if not hospitals.is_dir():
+        draft = out / "hospitals.part"
+        shutil.rmtree(draft, ignore_errors=True)
+        write_hospitals(draft, settings.patients, settings.seed)
+        draft.rename(hospitals)
+    return {path.parent.name: path for path in sorted(hospitals.glob("*/sources.toml"))}
+
+
+def _real_hospitals(out: Path, settings: Settings) -> dict[str, Path]:
+    """Describe folders that stay where they are by one file for all of them, its paths relative to each folder."""
+    template = load_sources(Path(settings.sources))
+    found: dict[str, Path] = {}
+    for given in settings.site_folders:
+        folder = Path(given).resolve()
+        if not folder.is_dir():
+            raise UsageError("site_folder_missing", f"There is no folder {given}.")
+        name = folder.name.lower()
+        if name in found:
+            raise UsageError("site_folders_alike", f"Two site folders are called {name!r}; sites are named by folder.")
+        parts = {
+            key: getattr(template, key).model_copy(update={"path": str(folder / getattr(template, key).path)})
+            for key in ("images", "expression", "clinical")
+            if getattr(template, key) is not None
+        }
+        path = out / "sites" / name / "sources.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        described = template.model_copy(update=parts).model_dump(mode="json", exclude_none=True)
+        path.write_text(tomli_w.dumps(described), encoding="utf-8")
+        found[name] = path
+    return found
+
+
+def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
+    path = out / "study" / "plan.toml"
+    if path.is_file():
+        return load_plan(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = None
+    if settings.warm_start:
+        weights = packaged_warm_start() if settings.warm_start == PACKAGED else Path(settings.warm_start)
+        _, start = load_warm_start(weights)
+        shutil.copyfile(weights, path.parent / "warm-start.safetensors")
+    real = bool(settings.site_folders)
+    plan = study_plan(
+        "research-sites" if real else "simulated-sites",
+        "Try the software on public research data on one machine." if real else "Show a whole study on one machine.",
+        {name: _declared(each, settings) for name, each in sources.items()},
+        genes=zscore_genes() if real else simulated_genes(),
+        epsilon=settings.epsilon,
+        warm_start=start,
+        reproducible_seed=settings.reproducible_seed,
+    )
+    draft = path.with_suffix(".part")
+    save_plan(plan, draft)
+    draft.rename(path)
+    return plan
+
+
+def _declared(sources_path: Path, settings: Settings) -> int:
+    """The training patients that a site declares: a rounded figure below the rows of its clinical table."""
+    if not settings.site_folders:
+        return max(settings.patients * 7 // 100 * 10, 5)
+    clinical = load_sources(sources_path).clinical
+    if clinical is None:
+        raise UsageError("clinical_missing", f"{settings.sources} names no clinical table.", "Its rows size the study.")
+    with Path(clinical.path).open(encoding="utf-8") as table:
+        rows = sum(1 for line in table if line.strip()) - 1
+    return max(rows * 16 // 100 * 5, 5)
+
+
+def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
+    """Prepare a site as its own staff would: policy, cohort, approval of the plan."""
+    site, declared = Site(folder), plan.site(name).nominal_patients
+    folder.mkdir(parents=True, exist_ok=True)
+    if not site.policy_path.is_file():
+        policy = SitePolicy(
+            site=name,
+            max_epsilon=plan.privacy.epsilon,
+            max_delta=plan.privacy.delta,
+            min_patients=max(declared // 2, 5),
+            declared_patients=declared,
+            modules=list(MODULES),
+            allow_reproducible_noise=plan.privacy.reproducible_seed is not None,
+        )
+        save_policy(policy, site.policy_path)
+    if not site.cohort_path.is_dir():
+        say(f"Preparing site {name}")
+        report = prepare(plan, sources_path, site.cohort_path, np.random.default_rng())
+        report.save(report_path(site.cohort_path))
+        render(report, Console(stderr=True))
+    site.approve(plan)
+
+
+def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap) -> StudyState:
+    folder = out / "study"
+    state = load_state(folder, plan)
+    if state is None or any(state.rounds[module] < plan.training(module).rounds for module in MODULES):
+        folders = {node: out / "sites" / name for node, name in enumerate(names, start=1)}
+        grid = InProcessGrid(client_app, folders, wiretap=wiretap)
+        run_in_process(server_app, grid, {"study-folder": str(folder)})
+        state = load_state(folder, plan)
+    if state is None:
+        raise JobFailed("checkpoint_missing", f"The federation ended without a checkpoint in {folder}.")
+    return state
+
+
+def _evaluation(
+    out: Path,
+    plan: StudyPlan,
+    state: StudyState,
+    patients: list[SyntheticPatient],
+    cohort: Cohort,
+    settings: Settings,
+) -> Evaluation:
+    """Evaluate on held-out patients: possible here because every site lies on this machine."""
+    path = out / "evaluation.json"
+    if path.is_file():
+        return Evaluation.model_validate(read_json(path))
+    generator = torch.Generator().manual_seed(settings.seed)
+    say("Training the feature extractor on a public simulated cohort")
+    public = public_cohort(plan, _PUBLIC_PATIENTS, np.random.default_rng([settings.seed, 2]))
+    images, targets = extractor_task(public)
+    extractor = train_extractor(images, targets, generator, f"{_PUBLIC_PATIENTS} public simulated patients")
+    dnn = make_radiogenomic_dnn(plan)
+    dnn.load_state_dict(state.weights["radiogenomics"])
+    dnn.eval()
+
+    def predict(genes: NDArray[np.float32]) -> NDArray[np.floating]:
+        with torch.no_grad():
+            return np.asarray(dnn(torch.from_numpy(genes))[0].numpy())
+
+    evaluation = evaluate(
+        plan,
+        cohort.split("train"),
+        cohort.split("holdout"),
+        patients,
+        _public_only(out, plan, patients, generator),
+        extractor,
+        predict,
+        _data(settings),
+        settings.seed,
+    )
+    write_json(path, evaluation.model_dump(mode="json"))
+    return evaluation
+
+
+def _public_only(
+    out: Path, plan: StudyPlan, patients: list[SyntheticPatient], generator: torch.Generator
+) -> list[SyntheticPatient] | None:
+    """What the warm-start generator makes without any private data: the floor that private training has to beat.
+
+    Its genes are independent draws from the public reference (standard normal on the plan's scale) and its morphology
+    and labels are drawn evenly from their ranges, so nothing of the sites is in it.
+    """
+    path = out / "study" / "warm-start.safetensors"
+    if not path.is_file():
+        return None
+    model = make_generator(plan)
+    model.load_state_dict(load_warm_start(path)[0]["generator"])
+    count = len(patients)
+    profiles = SyntheticProfiles(
+        torch.randn(count, len(plan.genes.panel), generator=generator).clamp(-plan.genes.clip, plan.genes.clip),
+        torch.rand(count, len(plan.morphology.features), generator=generator),
+        torch.randint(len(plan.label.classes), (count,), generator=generator),
+    )
+    return draw_patients(plan, model, profiles, generator)
+
+
+def _data(settings: Settings) -> str:
+    return "public research patients" if settings.site_folders else "simulated patients"
+
+
+def _release(
+    out: Path,
+    plan: StudyPlan,
+    state: StudyState,
+    patients: list[SyntheticPatient],
+    evaluation: Evaluation,
+    cohort: Cohort,
+    settings: Settings,
+) -> None:
+    key = out / "keys" / "release.pem"
+    key.parent.mkdir(exist_ok=True)
+    if not key.is_file():
+        generate_key(key)
+    shown = cohort.rows(cohort.has_images)
+    examples = tuple(
+        Example(plan.label.classes[label] if label >= 0 else "label unknown", images.astype(np.float32), mask)
+        for label, images, mask in list(zip(shown.labels, shown.images, shown.masks, strict=True))[:_EXAMPLES]
+    )
+    make_release(
+        out / "release",
+        plan,
+        patients,
+        privacy_statement(plan, state),
+        evaluation,
+        dict(state.curves),
+        key,
+        datetime.now(UTC).replace(microsecond=0),
+        real_examples=ReferenceExamples("public" if settings.site_folders else "simulated", examples),
+    )
+
+
+def _synthesis_generator(settings: Settings) -> torch.Generator:
+    """Seeded by the operating system, unless the run is to be reproducible."""
+    generator = torch.Generator()
+    if settings.reproducible_seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(settings.reproducible_seed)
+    return generator

@@ -1,0 +1,44 @@
+"""The warm start that the package carries, and how it was made (`fedsynth simulate pretrain`)."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedsynth import __version__
+from fedsynth_server.warm_start import save_warm_start
+from fedsynth_simulations.cohort.public import public_cohort
+from fedsynth_simulations.plans import simulated_genes, study_plan
+from fedsynth_simulations.pretrain import pretrain, public_patients
+
+PACKAGED = "packaged"
+_FILE = "warm-start-64.safetensors"
+
+
+def packaged_warm_start() -> Path:
+    """The file of the packaged weights."""
+    with as_file(files("fedsynth_simulations") / _FILE) as path:
+        return path
+
+
+def make_warm_start(out: Path, patients: int, steps: int, seed: int) -> None:
+    """Pre-train on `patients` public simulated patients and write the weights with their provenance to `out`."""
+    plan = study_plan(
+        "public-pretraining",
+        "Fixes the architecture and the grid of the warm start.",
+        {"public": patients},
+        genes=simulated_genes(),
+        epsilon=1.0,
+        warm_start=None,
+    )
+    public = public_cohort(plan, patients, np.random.default_rng(seed))
+    cohort = public_patients(plan, public.images, public.masks, public.morphology, public.labels)
+    generator, discriminator = pretrain(plan, cohort, steps, torch.Generator().manual_seed(seed))
+    provenance = {
+        "data": f"{patients} simulated patients drawn from the MNI152 atlas in the public style, no private data",
+        "method": f"VAE-GAN, {steps} steps, seed {seed}, fedsynth {__version__}, `fedsynth simulate pretrain`",
+    }
+    save_warm_start(out, generator, discriminator, provenance)
