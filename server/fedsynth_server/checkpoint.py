@@ -53,6 +53,10 @@ class StudyState:
     curves: dict[Module, list[CurveRow]] = field(default_factory=lambda: {module: [] for module in MODULES})
     receipts: dict[str, dict[Module, Receipt]] = field(default_factory=dict)
 
+    def curves_by_name(self) -> dict[str, list[CurveRow]]:
+        """The curves under plain names, as a release takes them."""
+        return {str(module): rows for module, rows in self.curves.items()}
+
     def with_weights(self, **weights: State) -> StudyState:
         """A copy with some state dicts replaced."""
         return replace(self, weights={**self.weights, **weights})

@@ -5,18 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fedsynth.errors import UsageError
-from fedsynth.plan import (
-    AggregationPlan,
-    AutoencoderPlan,
-    GanPlan,
-    GenePlan,
-    LabelPlan,
-    PrivacyPlan,
-    RadiogenomicsPlan,
-    SitePlan,
-    StudyPlan,
-    WarmStart,
-)
+from fedsynth.plan import AggregationPlan, GenePlan, LabelPlan, PrivacyPlan, SitePlan, StudyPlan, WarmStart
+from fedsynth.recommend import recommended_modules
 from fedsynth_simulations.cohort.expression import public_expression_reference, reference_quantiles
 from fedsynth_simulations.cohort.panel import load_panel
 
@@ -75,41 +65,16 @@ def study_plan(
     smallest = min(sites.values())
     if smallest < 5:
         raise UsageError("site_too_small", "A site needs at least five training patients to take part.")
-    # Profiles are cheap to train on, so their modules draw half of the patients in each step: with the same budget,
-    # a large batch has less noise to signal than a small one. Image batches are bounded by the time of a step.
-    half, batch = max(smallest // 2, 2), min(max(smallest // 3, 2), 64)
+    autoencoder, radiogenomics, gan = recommended_modules(smallest, warm_start)
     return StudyPlan(
         name=name,
         purpose=purpose,
         genes=genes,
         label=LabelPlan(name="grade", classes=["low", "high"]),
         privacy=PrivacyPlan(epsilon=epsilon, delta=1e-5, reproducible_seed=reproducible_seed),
-        autoencoder=AutoencoderPlan(
-            rounds=4,
-            steps_per_round=40,
-            expected_batch=half,
-            max_grad_norm=0.05,
-            learning_rate=3e-3,
-            budget_share=0.3,
-        ),
-        radiogenomics=RadiogenomicsPlan(
-            rounds=4,
-            steps_per_round=40,
-            expected_batch=half,
-            max_grad_norm=1.0,
-            learning_rate=3e-3,
-            budget_share=0.35,
-        ),
-        gan=GanPlan(
-            rounds=6,
-            steps_per_round=20,
-            expected_batch=batch,
-            max_grad_norm=1.0,
-            learning_rate=2e-4,
-            generator_learning_rate=1e-4,
-            budget_share=0.35,
-            warm_start=warm_start,
-        ),
+        autoencoder=autoencoder,
+        radiogenomics=radiogenomics,
+        gan=gan,
         aggregation=AggregationPlan(min_sites=min(2, len(sites))),
         sites=[SitePlan(name=site, nominal_patients=count) for site, count in sites.items()],
     )

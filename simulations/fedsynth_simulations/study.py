@@ -347,7 +347,7 @@ def _release(
         patients,
         privacy_statement(plan, state),
         evaluation,
-        dict(state.curves),
+        state.curves_by_name(),
         key,
         datetime.now(UTC).replace(microsecond=0),
         real_examples=ReferenceExamples("public" if settings.site_folders else "simulated", examples),

@@ -1,0 +1,47 @@
+"""Defaults of a plan for the sizes of its sites."""
+
+from __future__ import annotations
+
+from fedsynth.plan import AutoencoderPlan, GanPlan, RadiogenomicsPlan, WarmStart
+
+_LARGEST_IMAGE_BATCH = 64
+
+
+def recommended_modules(
+    smallest_site: int, warm_start: WarmStart | None
+) -> tuple[AutoencoderPlan, RadiogenomicsPlan, GanPlan]:
+    """Training sections for a study whose smallest site declares `smallest_site` patients.
+
+    Profiles are cheap to train on, so their modules draw half of the patients in each step: at the same epsilon a large
+    batch has less noise to signal than a small one. Image batches are bounded by the time of a step on a CPU.
+    """
+    half = max(smallest_site // 2, 1)
+    batch = max(min(smallest_site // 3, _LARGEST_IMAGE_BATCH), 1)
+    return (
+        AutoencoderPlan(
+            rounds=4,
+            steps_per_round=40,
+            expected_batch=half,
+            max_grad_norm=0.05,
+            learning_rate=3e-3,
+            budget_share=0.3,
+        ),
+        RadiogenomicsPlan(
+            rounds=4,
+            steps_per_round=40,
+            expected_batch=half,
+            max_grad_norm=1.0,
+            learning_rate=3e-3,
+            budget_share=0.35,
+        ),
+        GanPlan(
+            rounds=6,
+            steps_per_round=20,
+            expected_batch=batch,
+            max_grad_norm=1.0,
+            learning_rate=2e-4,
+            generator_learning_rate=1e-4,
+            budget_share=0.35,
+            warm_start=warm_start,
+        ),
+    )
