@@ -5,6 +5,7 @@ The text of an exception never leaves: Flower would send it to the coordinator a
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,13 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     app = ClientApp()
 
     def handle(module: Module, message: Message, context: Context) -> Message:
-        return Message(_guarded(Site(folder_of(context)), module, message), reply_to=message)
+        recipient = f"node {message.metadata.src_node_id}"
+        content = _guarded(module, lambda: folder_of(context), lambda s: answer(s, module, message.content, recipient))
+        return Message(content, reply_to=message)
 
     @app.query("site")
     def query_site(message: Message, context: Context) -> Message:
-        name = Site(folder_of(context)).policy().site
-        return Message(RecordDict({"site": ConfigRecord({"name": name})}), reply_to=message)
+        return Message(_guarded("site", lambda: folder_of(context), _name), reply_to=message)
 
     @app.train("autoencoder")
     def train_autoencoder(message: Message, context: Context) -> Message:
@@ -60,15 +62,22 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     return app
 
 
-def _guarded(site: Site, module: Module, message: Message) -> RecordDict:
+def _name(site: Site) -> RecordDict:
+    return RecordDict({"site": ConfigRecord({"name": site.policy().site})})
+
+
+def _guarded(what: str, folder: Callable[[], Path], work: Callable[[Site], RecordDict]) -> RecordDict:
+    """The boundary of the site: whatever goes wrong is told in full in the site's log, and by a code to the others."""
+    log = logging.getLogger(__name__)  # until the site's folder is known and can be written to
     try:
-        return answer(site, module, message.content, recipient=f"node {message.metadata.src_node_id}")
+        site = Site(folder())
+        log = site.log
+        return work(site)
     except FedsynthError as error:
-        site.log.warning("%s refused or failed: %s", module, error)
+        log.warning("%s refused or failed: %s", what, error)
         return refusal(error.code)
     except Exception:
-        # The boundary of the site: whatever went wrong is told in full here and by a code there.
-        site.log.exception("%s failed", module)
+        log.exception("%s failed", what)
         return refusal("internal_error")
 
 

@@ -5,7 +5,9 @@ before). A block of private steps is charged *before* its first step; if the pro
 
 A block is one task: (study, module, round). Its charge covers the one result that the task releases. A task that died
 before anything of it was released may run again, with fresh noise and fresh draws, under the same charge: what nobody
-saw costs nothing. A task that has released its result never runs again; its stored reply is sent instead.
+saw costs nothing. A task that has released its result never runs again; its stored reply is sent instead. A task whose
+result was withheld for what it holds (weights that are not finite) never runs again either: that it was withheld is
+told, and tells something of the result.
 
 The chain shows any change of a past entry. That entries were cut off at the end shows against the head digests which
 the coordinator received with each reply and which a release quotes.
@@ -64,11 +66,13 @@ class Limit:
 
 
 class Standing(Enum):
-    """What a charge found: the task is new, died before it released anything, or has released its result."""
+    """What a charge found: the task is new, died before it released anything, has released its result, or had to
+    withhold it."""
 
     NEW = "new"
     INTERRUPTED = "interrupted"
     RELEASED = "released"
+    WITHHELD = "withheld"
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Ledger:
             accountant: how mechanisms are composed.
 
         Returns:
-            Whether the task may run (`NEW`, `INTERRUPTED`) or its stored reply must be sent (`RELEASED`).
+            Whether the task may run (`NEW`, `INTERRUPTED`), its stored reply must be sent (`RELEASED`), or neither
+            (`WITHHELD`).
 
         Raises:
             Refused: ``budget_exceeded``: the block would cross a limit; nothing is charged. ``charge_differs``: the task
@@ -145,8 +150,9 @@ class Ledger:
                         "charge_differs",
                         f"{task.module} round {task.round} was charged before with other parameters; it cannot run again.",
                     )
-                if any(e.kind == "released" and _is_task(e, task) for e in entries):
-                    return Standing.RELEASED
+                for standing in (Standing.RELEASED, Standing.WITHHELD):
+                    if any(e.kind == standing.value and _is_task(e, task) for e in entries):
+                        return standing
                 self._append(connection, "resumed", _task_body(task))
                 return Standing.INTERRUPTED
             for limit, history, whose in (
@@ -166,10 +172,20 @@ class Ledger:
             return Standing.NEW
 
     def released(self, task: Task, reply_sha256: str) -> None:
-        """Record that `task` has its one result, stored as a file of digest `reply_sha256`, ready to be sent."""
-        with self._connection() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            self._append(connection, "released", {**_task_body(task), "sha256": reply_sha256})
+        """Record that `task` has its one result, stored as a file of digest `reply_sha256`, ready to be sent.
+
+        Raises:
+            Refused: ``not_open``: the task was never charged, or has come to its end before.
+        """
+        self._close(task, "released", {"sha256": reply_sha256})
+
+    def withheld(self, task: Task, code: str) -> None:
+        """Record that the result of `task` may not leave, with the cause's code, so that the task never runs again.
+
+        Raises:
+            Refused: ``not_open``.
+        """
+        self._close(task, "withheld", {"code": code})
 
     def sent(self, task: Task, records: dict[str, int], sha256: str, recipient: str) -> None:
         """Record that the stored reply of `task` goes out: names and bytes of its records, digest, to whom."""
@@ -220,6 +236,14 @@ class Ledger:
         """Digest of the newest entry."""
         entries = self.entries()
         return entries[-1].digest if entries else _GENESIS
+
+    def _close(self, task: Task, kind: str, more: dict[str, Any]) -> None:
+        with self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            kinds = {e.kind for e in _entries(connection) if _is_task(e, task)}
+            if "charge" not in kinds or kinds & {"released", "withheld"}:
+                raise Refused("not_open", f"{task.module} round {task.round} has no open charge.")
+            self._append(connection, kind, {**_task_body(task), **more})
 
     def _append(self, connection: sqlite3.Connection, kind: str, body: dict[str, Any]) -> None:
         row = connection.execute("SELECT sequence, digest FROM entry ORDER BY sequence DESC LIMIT 1").fetchone()

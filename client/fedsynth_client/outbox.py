@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 
-from fedsynth.errors import JobFailed
+from fedsynth.errors import JobFailed, Refused
 from fedsynth.files import sha256_file, write_atomic
 from fedsynth.records import State
-from fedsynth_client.ledger import Task
+from fedsynth_client.ledger import Ledger, Task
 from fedsynth_client.training.block import BlockResult
 
 _ROUNDS_OF_STATE_KEPT = 2
@@ -73,16 +73,47 @@ class Outbox:
         path = self._state(task)
         return _load(path)[0] if path.is_file() else {}
 
+    def stored(self) -> set[str]:
+        """``<study>/<module>-<round>`` of every stored reply."""
+        return {f"{path.parent.name}/{path.stem}" for path in self.folder.glob("outbox/*/[!.]*.safetensors")}
+
     def prune(self, task: Task) -> None:
         """Remove local state of rounds too old to be needed after `task`."""
         for old in range(1, task.round - _ROUNDS_OF_STATE_KEPT + 1):
             self._state(Task(task.study, task.module, old)).unlink(missing_ok=True)
 
     def _reply(self, task: Task) -> Path:
-        return self.folder / "outbox" / task.study / f"{task.module}-{task.round:04d}.safetensors"
+        return self.folder / "outbox" / f"{_name(task)}.safetensors"
 
     def _state(self, task: Task) -> Path:
-        return self.folder / "state" / task.study / f"{task.module}-{task.round:04d}.safetensors"
+        return self.folder / "state" / f"{_name(task)}.safetensors"
+
+
+def check_ledger_is_whole(ledger: Ledger, outbox: Outbox) -> None:
+    """Refuse to go on with a ledger that has forgotten a charge whose result lies in the outbox.
+
+    A chain cannot show that its end was cut off; this shows a ledger that was removed, or restored from an older copy.
+
+    Raises:
+        Refused: ``ledger_incomplete``.
+    """
+    charged = {
+        _name(Task(entry.body["study"], entry.body["module"], entry.body["round"]))
+        for entry in ledger.entries()
+        if entry.kind == "charge"
+    }
+    forgotten = outbox.stored() - charged
+    if forgotten:
+        raise Refused(
+            "ledger_incomplete",
+            f"The outbox holds {len(forgotten)} results that the ledger has not charged: the ledger was replaced, cut off "
+            "or restored from an older copy.",
+            "Restore the newest ledger. Nothing can be trained until then.",
+        )
+
+
+def _name(task: Task) -> str:
+    return f"{task.study}/{task.module}-{task.round:04d}"
 
 
 def _load(path: Path) -> tuple[State, dict[str, str]]:

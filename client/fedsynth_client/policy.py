@@ -108,16 +108,24 @@ def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
         )
 
 
-def check_module(policy: SitePolicy, module: Module, patients: int) -> None:
-    """Refuse to train `module` on `patients` training patients.
+def check_module(policy: SitePolicy, module: Module) -> None:
+    """Refuse a module that may not train here, and whose stored weights may not be sent either.
 
     Raises:
-        Refused: ``module_not_allowed`` or ``cohort_too_small``.
+        Refused: ``module_not_allowed``.
     """
     if module not in policy.modules:
         raise Refused(
             "module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {MODULES}."
         )
+
+
+def check_patients(policy: SitePolicy, module: Module, patients: int) -> None:
+    """Refuse to train `module` on `patients` training patients.
+
+    Raises:
+        Refused: ``cohort_too_small``.
+    """
     if patients < policy.min_patients:
         raise Refused(
             "cohort_too_small",

@@ -11,7 +11,8 @@ from fedsynth.dp.accounting import epsilon
 from fedsynth.errors import FedsynthError, Refused
 from fedsynth.plan import MODULES, StudyPlan
 from fedsynth_client.cohort import load_cohort
-from fedsynth_client.policy import check_module, check_plan
+from fedsynth_client.outbox import Outbox, check_ledger_is_whole
+from fedsynth_client.policy import check_module, check_patients, check_plan
 from fedsynth_client.site import Site
 
 _FREE_BYTES = 2 * 2**30
@@ -51,6 +52,7 @@ def _line(check: Callable[[], str]) -> Line:
 
 def _ledger(site: Site) -> str:
     entries = site.ledger().entries()
+    check_ledger_is_whole(site.ledger(), Outbox(site.folder))
     return f"ledger: {len(entries)} entries, chain intact"
 
 
@@ -69,6 +71,7 @@ def _approved(site: Site, plan: StudyPlan) -> str:
 
 def _cohort(site: Site, plan: StudyPlan) -> str:
     policy = site.policy()
+    site.check_cohort(plan)
     cohort = load_cohort(site.cohort_path, plan.morphology.features).split("train")
     found = {
         "autoencoder": int(cohort.has_genes.sum()),
@@ -76,7 +79,8 @@ def _cohort(site: Site, plan: StudyPlan) -> str:
         "gan": int(cohort.has_images.sum()),
     }
     for module in MODULES:
-        check_module(policy, module, found[module])
+        check_module(policy, module)
+        check_patients(policy, module, found[module])
     return "cohort: training patients " + ", ".join(f"{module} {count}" for module, count in found.items())
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedsynth.budget import mechanism
 from fedsynth.dp.accounting import Mechanism
@@ -30,8 +31,8 @@ from fedsynth.records import (
 from fedsynth.synthesis import draw_profiles
 from fedsynth_client.cohort import Cohort, load_cohort
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
-from fedsynth_client.outbox import Outbox
-from fedsynth_client.policy import SitePolicy, check_module, check_plan
+from fedsynth_client.outbox import Outbox, check_ledger_is_whole
+from fedsynth_client.policy import SitePolicy, check_module, check_patients, check_plan
 from fedsynth_client.site import Site
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
 from fedsynth_client.training.block import BlockResult, public_generator
@@ -58,10 +59,12 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
     check_plan(policy, plan)
     if not 1 <= task.round <= plan.training(module).rounds:
         raise Refused("round_not_in_plan", f"The plan has no round {task.round} of {module}.")
-    ledger, outbox = site.ledger(), Outbox(site.folder)
-    if ledger.reply_digest(task) is None:
-        _run(site, policy, plan, task, content, ledger, outbox)
-    return _reply(policy, plan, task, ledger, outbox, recipient)
+    check_module(policy, module)
+    with site.alone():
+        ledger, outbox = site.ledger(), Outbox(site.folder)
+        if ledger.reply_digest(task) is None:
+            _run(site, policy, plan, task, content, ledger, outbox)
+        return _reply(policy, plan, task, ledger, outbox, recipient)
 
 
 def _run(
@@ -71,11 +74,15 @@ def _run(
     if task.round < last:
         raise Refused("round_passed", f"This site already released round {last} of {task.module}.")
     # Everything that can be wrong with the message or the cohort is found before anything is spent.
+    site.check_cohort(plan)
     cohort = _training_patients(site, plan, task.module)
-    check_module(policy, task.module, len(cohort))
+    check_patients(policy, task.module, len(cohort))
+    check_ledger_is_whole(ledger, outbox)
     incoming = _incoming(plan, task, content)
     local = outbox.local_state(Task(task.study, task.module, last)) if task.module == "gan" else {}
     if task.module == "gan" and not local:
+        if last:
+            site.log.warning("gan round %d: the discriminator of round %d is gone; starting anew", task.round, last)
         local = _discriminator_start(plan, content)
 
     block = mechanism(plan, policy.site, task.module)
@@ -89,11 +96,19 @@ def _run(
         lifetime_limit=Limit(policy.max_epsilon, policy.max_delta),
         accountant=plan.privacy.accountant,
     )
-    if standing is Standing.RELEASED:  # another process was quicker
-        return
+    if standing is Standing.WITHHELD:
+        raise JobFailed(
+            "result_withheld",
+            f"The result of {task.module} round {task.round} could not be released, and the round cannot run again.",
+            "Its charge stands; the study must go on without it.",
+        )
     site.log.info("%s round %d: %s charge, %d steps", task.module, task.round, standing.value, block.steps)
     result = _train(plan, task.module, incoming, local, cohort, block, randomness)
-    check_state(result.weights, WEIGHTS[task.module])
+    try:
+        check_state(result.weights, WEIGHTS[task.module])
+    except JobFailed as error:
+        ledger.withheld(task, error.code)
+        raise
     ledger.released(task, outbox.store(task, result))
     outbox.prune(task)
 
@@ -151,7 +166,10 @@ def _task(content: RecordDict, module: Module) -> Task:
     if record is None or set(record) != {"study", "module", "round"}:
         raise JobFailed("task_malformed", "The message carries no task, or one with unknown keys.")
     study, named, number = record["study"], record["module"], record["round"]
-    if not isinstance(study, str) or named != module or not isinstance(number, int):
+    # Not any text: the digest becomes part of a file's name.
+    if not isinstance(study, str) or not re.fullmatch(r"[0-9a-f]{64}", study):
+        raise JobFailed("task_malformed", "The message's task names no plan digest.")
+    if named != module or not isinstance(number, int) or isinstance(number, bool):
         raise JobFailed("task_malformed", "The message's task does not fit its type.")
     return Task(study, module, number)
 
@@ -192,23 +210,23 @@ def _reply(
     if digest is None:
         raise JobFailed("reply_lost", "The task has no stored reply.")
     weights, progress = outbox.reply(task, digest)
-    sizes = {WEIGHTS[task.module]: sum(t.numel() * t.element_size() for t in weights.values())}
-    ledger.sent(task, {**sizes, "progress": len(progress), "receipt": 1}, digest, recipient)
     delta, accountant = plan.privacy.delta, plan.privacy.accountant
-    content = RecordDict(
+    receipt = ConfigRecord(
         {
-            WEIGHTS[task.module]: to_record(weights),
-            "progress": progress_record(progress),
-            "receipt": ConfigRecord(
-                {
-                    "head": ledger.head,
-                    "epsilon": ledger.epsilon(delta, accountant, task.study),
-                    "epsilon_lifetime": ledger.epsilon(policy.max_delta, accountant),
-                    "steps": sum(m.steps for m in ledger.history(task.study, task.module)),
-                    "private": ledger.is_private(task.study),
-                }
-            ),
+            "head": ledger.head,
+            "epsilon": ledger.epsilon(delta, accountant, task.study),
+            "epsilon_lifetime": ledger.epsilon(policy.max_delta, accountant),
+            "steps": sum(m.steps for m in ledger.history(task.study, task.module)),
+            "private": ledger.is_private(task.study),
         }
     )
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        WEIGHTS[task.module]: to_record(weights),
+        "progress": progress_record(progress),
+        "receipt": receipt,
+    }
+    ledger.sent(task, {name: record.count_bytes() for name, record in records.items()}, digest, recipient)
+    receipt["head"] = ledger.head  # of the same length; it covers the entry that this reply was sent
+    content = RecordDict(records)
     check_reply(content, task.module)
     return content

@@ -7,6 +7,7 @@ Layout::
     plans/           plans that were approved here, one file a digest
     cohort/          the prepared cohort
     ledger.sqlite    the privacy ledger
+    training.lock    held by the one process that works on a task
     state/           local models (discriminator, optimiser moments); they never leave
     outbox/          stored replies, kept so that a lost one can be sent again
     site.log         what happened, with causes; stays at home
@@ -14,12 +15,16 @@ Layout::
 
 from __future__ import annotations
 
+import fcntl
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fedsynth.errors import Refused, UsageError
+from fedsynth.files import read_json
 from fedsynth.plan import StudyPlan, load_plan, save_plan
 from fedsynth_client.ledger import Ledger
 from fedsynth_client.policy import SitePolicy, load_policy, save_policy
@@ -89,6 +94,35 @@ class Site:
             raise UsageError(
                 "cohort_missing", f"{self.folder} holds no prepared cohort.", "Run `fedsynth site prepare`."
             ) from None
+
+    def check_cohort(self, plan: StudyPlan) -> None:
+        """Refuse a cohort that was prepared on another grid, panel or label than `plan`'s, or with other references.
+
+        Raises:
+            UsageError: ``cohort_missing``.
+            Refused: ``cohort_of_other_settings``.
+        """
+        self.cohort_version()
+        manifest = read_json(self.cohort_path / "manifest.json")
+        sections = {"image": plan.image, "genes": plan.genes, "label": plan.label}
+        differ = [name for name, asked in sections.items() if manifest.get(name) != asked.model_dump(mode="json")]
+        if differ:
+            raise Refused(
+                "cohort_of_other_settings",
+                f"The cohort was prepared with other settings than this plan's ({', '.join(differ)}).",
+                "Prepare a cohort for this plan with `fedsynth site prepare`.",
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no other process or thread works on a task of this site, and keep others waiting.
+
+        Two that ran the same task at once would make two noisy results under one charge. The operating system lifts the
+        lock when its holder dies.
+        """
+        with (self.folder / "training.lock").open("ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            yield
 
     @cached_property
     def log(self) -> logging.Logger:

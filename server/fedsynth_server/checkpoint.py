@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fedsynth.errors import UsageError
@@ -79,17 +79,25 @@ def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:
     """Read the checkpoint of `plan`; None when there is none.
 
     Raises:
-        UsageError: ``checkpoint_of_other_study``.
+        UsageError: ``checkpoint_of_other_study`` or ``checkpoint_unreadable``.
     """
     path = folder / FILE
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        rest = json.loads(file.metadata()["state"])
-        weights: dict[str, State] = {}
-        for full_name in file.keys():  # noqa: SIM118 (not a mapping)
-            name, _, key = full_name.partition("/")
-            weights.setdefault(name, {})[key] = file.get_tensor(full_name)
+    weights: dict[str, State] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            rest = json.loads(file.metadata()["state"])
+            for full_name in file.keys():  # noqa: SIM118 (not a mapping)
+                name, _, key = full_name.partition("/")
+                weights.setdefault(name, {})[key] = file.get_tensor(full_name)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            "checkpoint_unreadable",
+            f"{path} is not an intact checkpoint ({type(error).__name__}).",
+            "Restore it from a copy. Without one, remove it: sites send what they released before, so nothing is spent "
+            "twice, but rounds that they have left behind stay out of reach.",
+        ) from None
     if rest["study"] != plan.digest:
         raise UsageError(
             "checkpoint_of_other_study",

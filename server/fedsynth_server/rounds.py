@@ -7,6 +7,7 @@ checkpoint stands, slow or refusing sites are left out of a round, and weights o
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ def find_sites(grid: Grid, plan: StudyPlan) -> dict[int, str]:
     found: dict[int, str] = {}
     for node, reply in _exchange(grid, asked, _HELLO_TIMEOUT_SECONDS).items():
         if reply.has_error() or "site" not in reply.content.config_records:
+            say(f"node {node} names no site ({_refusal_code(reply)})")
             continue
         name = str(reply.content.config_records["site"].get("name", ""))
         if name in found.values():
@@ -101,7 +103,9 @@ def _round(
     order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
     for node, reply in answers.items():
         try:
-            accepted[nodes[node]] = _accept(reply, module, expected, order)
+            answer = _accept(reply, module, expected, order)
+            _check_not_forgotten(state.receipts.get(nodes[node], {}), answer.receipt)
+            accepted[nodes[node]] = answer
             del missing[nodes[node]]
         except FedsynthError as error:
             missing[nodes[node]] = error.code
@@ -130,10 +134,10 @@ def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: in
 
 def _accept(reply: Message, module: Module, expected: State, order: int) -> SiteReply:
     if reply.has_error():
-        raise JobFailed(f"flower_error_{reply.error.code}", "Flower could not deliver the task or its reply.")
+        raise JobFailed(_refusal_code(reply), "Flower could not deliver the task or its reply.")
     check_reply(reply.content, module)
     if "refusal" in reply.content:
-        raise JobFailed(str(reply.content.config_records["refusal"].get("code", "refused")), "The site refused.")
+        raise JobFailed(_refusal_code(reply), "The site refused.")
     weights = from_record(reply.content, WEIGHTS[module], expected)
     progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
     stated = reply.content.config_records["receipt"]
@@ -145,7 +149,28 @@ def _accept(reply: Message, module: Module, expected: State, order: int) -> Site
         private=stated["private"] is True,
         order=order,
     )
+    if not re.fullmatch(r"[0-9a-f]{64}", receipt.head) or receipt.steps < 1:
+        raise JobFailed("reply_malformed", "A receipt names no ledger entry, or no steps.")
     return SiteReply(weights, progress, receipt)
+
+
+def _check_not_forgotten(earlier: dict[Module, Receipt], receipt: Receipt) -> None:
+    """A ledger only grows: a site that states less than before has lost entries, and with them what it spent.
+
+    Raises:
+        JobFailed: ``ledger_went_back``.
+    """
+    if any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
+        raise JobFailed("ledger_went_back", "A site's ledger holds less of this study than it did before.")
+
+
+def _refusal_code(reply: Message) -> str:
+    """The code of a refusal or of Flower's error; nothing but a code is taken from a site to the screen."""
+    if reply.has_error():
+        return f"flower_error_{reply.error.code}"
+    record = reply.content.config_records.get("refusal")
+    code = record.get("code") if record is not None else None
+    return code if isinstance(code, str) and re.fullmatch(r"[a-z0-9_]{1,64}", code) else "reply_malformed"
 
 
 def _number(value: object) -> float:

@@ -34,14 +34,16 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
 
     Raises:
         Refused: ``receipts_missing``: no site has sent one. ``epsilon_above_plan``: a site's receipt is above the budget.
+            ``epsilon_below_charges``: a site states less than the steps that it released must have cost.
     """
     if not state.receipts:
         raise Refused("receipts_missing", "No site has taken part in this study yet, so there is nothing to release.")
     sites = []
     for name, by_module in sorted(state.receipts.items()):
-        mechanisms = []
+        mechanisms, history = [], []
         for module, receipt in by_module.items():
             charged = mechanism(plan, name, module, steps=receipt.steps)
+            history.append(charged)
             mechanisms.append(
                 Mechanism(
                     module=module,
@@ -58,6 +60,13 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
             raise Refused(
                 "epsilon_above_plan",
                 f"Site {name} states epsilon {newest.epsilon:.4f}, above the plan's {plan.privacy.epsilon:g}.",
+            )
+        least = epsilon(history, plan.privacy.delta, plan.privacy.accountant)
+        if newest.epsilon < least - 1e-6:
+            raise Refused(
+                "epsilon_below_charges",
+                f"Site {name} states epsilon {newest.epsilon:.4f}, but the steps that it released cost {least:.4f}.",
+                "Its ledger has lost entries; ask the site.",
             )
         sites.append(
             SiteStatement(

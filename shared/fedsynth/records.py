@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsynth.errors import JobFailed
@@ -48,8 +48,8 @@ def from_record(content: RecordDict, name: str, expected: Mapping[str, Tensor]) 
         expected: a state dict of the model that the weights are for.
 
     Raises:
-        JobFailed: ``record_missing``, ``arrays_differ`` (names, shapes or types), ``arrays_not_finite`` or
-            ``arrays_too_large`` (norm above `LARGEST_NORM`).
+        JobFailed: ``record_missing``, ``arrays_differ`` (names, shapes or types, in what is declared or in the bytes),
+            ``arrays_not_finite`` or ``arrays_too_large`` (norm above `LARGEST_NORM`).
     """
     if name not in content.array_records:
         raise JobFailed("record_missing", f"The message carries no arrays called {name!r}.")
@@ -60,9 +60,20 @@ def from_record(content: RecordDict, name: str, expected: Mapping[str, Tensor]) 
         array = arrays[key]
         if tuple(array.shape) != tuple(model_tensor.shape) or array.dtype != _numpy_dtype(model_tensor):
             raise JobFailed("arrays_differ", f"{name}/{key} is {array.dtype}{tuple(array.shape)}, not as in the plan.")
-    state: State = {key: torch.from_numpy(arrays[key].numpy().copy()) for key in expected}
+    state: State = {key: _tensor(arrays[key], name, model_tensor) for key, model_tensor in expected.items()}
     check_state(state, name)
     return state
+
+
+def _tensor(array: Array, name: str, expected: Tensor) -> Tensor:
+    # What an array declares and what its bytes hold are two things, and both come from the other side.
+    try:
+        values = array.numpy()
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError):
+        raise JobFailed("arrays_differ", f"The bytes of {name!r} are no arrays.") from None
+    if values.shape != tuple(expected.shape) or str(values.dtype) != _numpy_dtype(expected):
+        raise JobFailed("arrays_differ", f"The arrays of {name!r} are not what they declare to be.")
+    return torch.from_numpy(values.copy())
 
 
 def check_state(state: Mapping[str, Tensor], name: str) -> None:

@@ -105,7 +105,10 @@ class InProcessGrid(Grid):
         try:
             reply = self._app(received, self._contexts[node])
         except Exception as error:  # noqa: BLE001  what a SuperNode does; our handlers let nothing through
-            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, type(error).__name__), reply_to=message)
+            # The text too, as a SuperNode sends it: a handler that lets one through must be seen here.
+            reason = f"{type(error)}:<'{error}'>"
+            self._wiretap("to coordinator", node, reason.encode())
+            reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         if reply.has_content():
             reply = make_message(reply.metadata, self._wire("to coordinator", node, reply.content))
         self._replies[message_id] = reply
