@@ -1,0 +1,61 @@
+"""Public start weights: the plan's digests are of what is read, and the provenance comes along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedsynth.errors import UsageError
+from fedsynth.plan import StudyPlan
+from fedsynth.records import state_digest
+from fedsynth_server.checkpoint import first_state
+from fedsynth_server.warm_start import load_warm_start, save_warm_start
+
+PROVENANCE = {"data": "public simulated cohort", "licence": "Apache-2.0"}
+
+
+@pytest.fixture
+def warm(tiny_plan: StudyPlan, tmp_path: Path) -> Path:
+    weights = first_state(tiny_plan, None).weights
+    save_warm_start(tmp_path / "warm.safetensors", weights["generator"], weights["discriminator"], PROVENANCE)
+    return tmp_path / "warm.safetensors"
+
+
+def test_digests_bind_what_is_read_and_provenance_is_kept(tiny_plan: StudyPlan, warm: Path) -> None:
+    weights, named = load_warm_start(warm)
+    assert named.provenance == "data: public simulated cohort; licence: Apache-2.0"
+    assert named.generator_sha256 == state_digest(weights["generator"])
+    assert {tensor.dtype for state in weights.values() for tensor in state.values()} == {torch.float32}
+    plan = tiny_plan.model_copy(update={"gan": tiny_plan.gan.model_copy(update={"warm_start": named})})
+    assert first_state(plan, weights).weights["discriminator"] is weights["discriminator"]
+    assert load_warm_start(warm)[1] == named
+
+
+def test_one_changed_number_is_another_warm_start(tiny_plan: StudyPlan, warm: Path) -> None:
+    weights, named = load_warm_start(warm)
+    plan = tiny_plan.model_copy(update={"gan": tiny_plan.gan.model_copy(update={"warm_start": named})})
+    name = next(iter(weights["discriminator"]))
+    weights["discriminator"][name] = weights["discriminator"][name].clone()
+    weights["discriminator"][name].view(-1)[0] += 1e-3
+    with pytest.raises(UsageError) as refused:
+        first_state(plan, weights)
+    assert refused.value.code == "warm_start_differs"
+
+
+@pytest.mark.parametrize("what", ["absent", "text", "truncated", "no provenance", "another model"])
+def test_a_file_that_is_no_warm_start_is_named(tmp_path: Path, warm: Path, what: str) -> None:
+    path = tmp_path / "wrong.safetensors"
+    if what == "text":
+        path.write_text("no tensors")
+    elif what == "truncated":
+        path.write_bytes(warm.read_bytes()[:-10])
+    elif what == "no provenance":
+        save_file({"generator/x": torch.ones(1)}, path)
+    elif what == "another model":
+        save_file({"classifier/x": torch.ones(1)}, path, {"provenance": "{}"})
+    with pytest.raises(UsageError) as refused:
+        load_warm_start(path)
+    assert refused.value.code == "warm_start_unreadable"
