@@ -113,7 +113,7 @@ def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudySt
 
     Args:
         plan: the study plan.
-        warm_start: state dicts ``generator`` and ``discriminator``; needed if and only if the plan names a warm start.
+        warm_start: state dicts by name; needed if and only if the plan names a warm start.
 
     Raises:
         UsageError: ``warm_start_missing``, ``warm_start_not_in_plan`` or ``warm_start_differs``.
@@ -126,24 +126,38 @@ def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudySt
     draws = torch.Generator().manual_seed(seed)
     initialise(generator, draws)
     initialise(discriminator, draws)
-    start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
-    named = plan.gan.warm_start
-    if named is not None:
-        if warm_start is None:
-            raise UsageError("warm_start_missing", "The plan names a warm start, but no weights were given.")
-        digests = {name: state_digest(warm_start[name]) for name in start}
-        if digests != {"generator": named.generator_sha256, "discriminator": named.discriminator_sha256}:
-            raise UsageError("warm_start_differs", "The weights given are not those whose digests the plan names.")
-        start = warm_start
-    elif warm_start is not None:
-        raise UsageError("warm_start_not_in_plan", "Weights were given, but the plan names no warm start.")
+    start: dict[str, State] = {
+        "autoencoder": autoencoder,
+        "generator": generator.state_dict(),
+        "discriminator": discriminator.state_dict(),
+    }
+    start |= _public_start(plan, warm_start)
     return StudyState(
         plan.digest,
         {
-            "autoencoder": autoencoder,
+            "autoencoder": start["autoencoder"],
             "radiogenomics": dnn,
             "generator": start["generator"],
             "generator_ema": start["generator"],
             "discriminator": start["discriminator"],
         },
     )
+
+
+def _public_start(plan: StudyPlan, warm_start: dict[str, State] | None) -> dict[str, State]:
+    """Those of the given weights that the plan names, after comparing digests."""
+    named: dict[str, str] = {}
+    if plan.gan.warm_start is not None:
+        named["generator"] = plan.gan.warm_start.generator_sha256
+        named["discriminator"] = plan.gan.warm_start.discriminator_sha256
+    if plan.autoencoder.warm_start is not None:
+        named["autoencoder"] = plan.autoencoder.warm_start.sha256
+    if not named:
+        if warm_start is not None:
+            raise UsageError("warm_start_not_in_plan", "Weights were given, but the plan names no warm start.")
+        return {}
+    if warm_start is None or not set(named) <= set(warm_start):
+        raise UsageError("warm_start_missing", "The plan names a warm start, but no such weights were given.")
+    if any(state_digest(warm_start[name]) != digest for name, digest in named.items()):
+        raise UsageError("warm_start_differs", "The weights given are not those whose digests the plan names.")
+    return {name: warm_start[name] for name in named}

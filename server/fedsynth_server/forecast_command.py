@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,8 +24,12 @@ def show_forecast(plan: StudyPlan, as_json: bool) -> None:
 
 def _print(plan: StudyPlan, found: Forecast, console: Console) -> None:
     console.print(f"Study {plan.name}, digest {plan.digest}", soft_wrap=True)
-    table = Table(title=f"Before anything is spent (unit: patient, delta {plan.privacy.delta:g})", title_justify="left")
-    for column in ("site", "module", "q", "sigma", "steps", "eps alone", "sigma/B", "noise:signal"):
+    table = Table(
+        title=f"Before anything is spent (unit: patient, delta {plan.privacy.delta:g})",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for column in ("site", "module", "q", "sigma", "steps", "eps", "sigma/B", "n/s"):
         table.add_column(column, justify="left" if column in ("site", "module") else "right", no_wrap=True)
     for m in found.modules:
         colour = "red" if m.noise_to_signal > HOPELESS else "yellow" if m.noise_to_signal > HARD else "green"
@@ -39,7 +44,11 @@ def _print(plan: StudyPlan, found: Forecast, console: Console) -> None:
             f"[{colour}]{m.noise_to_signal:.2f}[/]",
         )
     console.print(table)
-    console.print("q: sample rate, sigma: noise multiplier, B: expected batch", style="dim")
+    console.print(
+        "q: sample rate; sigma: noise multiplier; eps: epsilon of the module alone; B: expected batch; "
+        "n/s: noise to signal over the run",
+        style="dim",
+    )
     for site, value in found.epsilon.items():
         console.print(f"{site}: all modules together epsilon {value:.4f} of {plan.privacy.epsilon:g}")
     for line in found.advice:

@@ -1,4 +1,4 @@
-"""Public weights that generator and discriminator may start from, with their provenance."""
+"""Public weights that generator, discriminator and autoencoder may start from, with their provenance."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ from safetensors.torch import save
 
 from fedsynth.errors import UsageError
 from fedsynth.files import write_atomic
-from fedsynth.plan import WarmStart
+from fedsynth.plan import PublicWeights, WarmStart
 from fedsynth.records import State, state_digest
 
 
-def save_warm_start(path: Path, generator: State, discriminator: State, provenance: dict[str, str]) -> None:
-    """Write both networks as one safetensors file in float16 (half the size; the plan's digests are of what is read)."""
-    tensors = {f"generator/{k}": v.half() for k, v in generator.items()}
-    tensors |= {f"discriminator/{k}": v.half() for k, v in discriminator.items()}
+def save_warm_start(path: Path, weights: dict[str, State], provenance: dict[str, str]) -> None:
+    """Write state dicts by name as one safetensors file.
+
+    Args:
+        path: the file.
+        weights: ``generator``, ``discriminator`` and, if there is one, ``autoencoder``. They are stored as float16: half the
+            size, and a plan's digests are of what is read.
+        provenance: how they were made and from what public data.
+    """
+    tensors = {f"{name}/{key}": tensor.half() for name, state in weights.items() for key, tensor in state.items()}
     write_atomic(path, save(tensors, {"provenance": json.dumps(provenance, sort_keys=True)}))
 
 
 def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
-    """Read weights (as float32) and what a plan says of them.
+    """Read weights (as float32) by name, and what a plan says of generator and discriminator.
 
     Raises:
         UsageError: ``warm_start_unreadable``.
@@ -34,7 +40,7 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
             provenance = json.loads(file.metadata()["provenance"])
             for full_name in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, key = full_name.partition("/")
-                weights[name][key] = file.get_tensor(full_name).to(torch.float32)
+                weights.setdefault(name, {})[key] = file.get_tensor(full_name).to(torch.float32)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             "warm_start_unreadable", f"{path} does not hold a warm start with provenance ({type(error).__name__})."
@@ -44,3 +50,10 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
         discriminator_sha256=state_digest(weights["discriminator"]),
         provenance="; ".join(f"{key}: {value}" for key, value in sorted(provenance.items())),
     )
+
+
+def autoencoder_start(weights: dict[str, State], start: WarmStart) -> PublicWeights | None:
+    """What a plan says of the autoencoder in a warm start; None when it holds none."""
+    if "autoencoder" not in weights:
+        return None
+    return PublicWeights(sha256=state_digest(weights["autoencoder"]), provenance=start.provenance)

@@ -27,9 +27,9 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 class Section(BaseModel):
-    """A table of the plan: immutable, unknown keys forbidden, no silent type conversion of text to numbers."""
+    """A table of the plan: immutable, unknown keys forbidden, no conversion of text or truth values to numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class ImagePlan(Section):
@@ -80,6 +80,12 @@ class LabelPlan(Section):
 
     name: str = "grade"
     classes: list[str] = Field(default=["low", "high"], min_length=2)
+
+    @model_validator(mode="after")
+    def _classes_are_distinct(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("label.classes names a class twice")
+        return self
 
 
 class MorphologyPlan(Section):
@@ -132,20 +138,28 @@ class TrainingPlan(Section):
         return self.rounds * self.steps_per_round
 
 
+class PublicWeights(Section):
+    """Weights made without private data that a module starts from, bound by their `fedsynth.records.state_digest`."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    provenance: str = Field(min_length=10)
+
+
 class AutoencoderPlan(TrainingPlan):
     """Gene-expression autoencoder with hidden layers ``hidden + [latent_dim] + reversed(hidden)`` (five by default)."""
 
     variational: bool = True
-    hidden: list[Count] = [128, 64]
+    hidden: list[Count] = Field(default=[128, 64], min_length=1)
     latent_dim: Count = 16
     activation: Literal["tanh", "relu"] = "tanh"
-    kl_weight: Annotated[float, Field(ge=0)] = 0.05
+    kl_weight: Annotated[float, Field(ge=0)] = 0.5
+    warm_start: PublicWeights | None = None
 
 
 class RadiogenomicsPlan(TrainingPlan):
     """Radiogenomic DNN: genes -> morphology and label."""
 
-    hidden: list[Count] = [128, 64, 32]
+    hidden: list[Count] = Field(default=[128, 64, 32], min_length=1)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     start_from_encoder: bool = True
     nonnegative_output: bool = False

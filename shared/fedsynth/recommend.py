@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fedsynth.plan import AutoencoderPlan, GanPlan, RadiogenomicsPlan, WarmStart
+from fedsynth.plan import AutoencoderPlan, GanPlan, PublicWeights, RadiogenomicsPlan, WarmStart
 
 _LARGEST_IMAGE_BATCH = 64
 
 
 def recommended_modules(
-    smallest_site: int, warm_start: WarmStart | None
+    smallest_site: int, warm_start: WarmStart | None, autoencoder_start: PublicWeights | None = None
 ) -> tuple[AutoencoderPlan, RadiogenomicsPlan, GanPlan]:
     """Training sections for a study whose smallest site declares `smallest_site` patients.
 
@@ -19,20 +19,22 @@ def recommended_modules(
     batch = max(min(smallest_site // 3, _LARGEST_IMAGE_BATCH), 1)
     return (
         AutoencoderPlan(
-            rounds=4,
-            steps_per_round=40,
+            rounds=2,
+            # From public weights a few steps suffice; from random ones, more of them.
+            steps_per_round=10 if autoencoder_start else 40,
             expected_batch=half,
             max_grad_norm=0.05,
-            learning_rate=3e-3,
-            budget_share=0.3,
+            learning_rate=1e-3 if autoencoder_start else 3e-3,
+            budget_share=0.15,
+            warm_start=autoencoder_start,
         ),
         RadiogenomicsPlan(
             rounds=4,
             steps_per_round=40,
             expected_batch=half,
             max_grad_norm=1.0,
-            learning_rate=3e-3,
-            budget_share=0.35,
+            learning_rate=1e-2,
+            budget_share=0.45,
         ),
         GanPlan(
             rounds=6,
@@ -41,7 +43,7 @@ def recommended_modules(
             max_grad_norm=1.0,
             learning_rate=2e-4,
             generator_learning_rate=1e-4,
-            budget_share=0.35,
+            budget_share=0.4,
             warm_start=warm_start,
         ),
     )

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from fedsynth.errors import UsageError
-from fedsynth.plan import AggregationPlan, GenePlan, LabelPlan, PrivacyPlan, SitePlan, StudyPlan, WarmStart
+from fedsynth.plan import (
+    AggregationPlan,
+    GenePlan,
+    LabelPlan,
+    PrivacyPlan,
+    PublicWeights,
+    SitePlan,
+    StudyPlan,
+    WarmStart,
+)
 from fedsynth.recommend import recommended_modules
 from fedsynth_simulations.cohort.expression import public_expression_reference, reference_quantiles
 from fedsynth_simulations.cohort.panel import load_panel
@@ -46,6 +55,7 @@ def study_plan(
     genes: GenePlan,
     epsilon: float,
     warm_start: WarmStart | None,
+    autoencoder_start: PublicWeights | None = None,
     reproducible_seed: int | None = None,
 ) -> StudyPlan:
     """A plan for sites of a few dozen to a few hundred patients.
@@ -57,6 +67,7 @@ def study_plan(
         genes: panel and references.
         epsilon: budget of a patient, all modules together.
         warm_start: public weights for the GAN; None starts from random weights.
+        autoencoder_start: public weights for the autoencoder; likewise.
         reproducible_seed: makes the run reproducible and *not private*.
 
     Raises:
@@ -65,7 +76,7 @@ def study_plan(
     smallest = min(sites.values())
     if smallest < 5:
         raise UsageError("site_too_small", "A site needs at least five training patients to take part.")
-    autoencoder, radiogenomics, gan = recommended_modules(smallest, warm_start)
+    autoencoder, radiogenomics, gan = recommended_modules(smallest, warm_start, autoencoder_start)
     return StudyPlan(
         name=name,
         purpose=purpose,

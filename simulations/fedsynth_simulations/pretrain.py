@@ -17,6 +17,7 @@ from torch.nn.functional import softplus
 
 from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import Discriminator, initialise, make_discriminator, make_generator
+from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
 from fedsynth.morphology import normalise
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
@@ -151,6 +152,25 @@ def pretrain(
             for name, tensor in model.state_dict().items():
                 average[name].lerp_(tensor, 1 - decay)
     return average, {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+
+
+def pretrain_autoencoder(
+    plan: StudyPlan, profiles: Tensor, generator: torch.Generator, *, steps: int = 1500, batch: int = 128
+) -> State:
+    """Train the plan's autoencoder on public profiles (N, G); returns its weights."""
+    model = make_autoencoder(plan)
+    initialise(model, generator)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        rows = torch.randint(len(profiles), (batch,), generator=generator)
+        noise = torch.randn(batch, plan.autoencoder.latent_dim, generator=generator)
+        loss = autoencoder_losses(model, profiles[rows], noise, plan.autoencoder.kl_weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def _half() -> torch.autocast:

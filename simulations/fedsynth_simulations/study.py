@@ -47,7 +47,7 @@ from fedsynth_server.release.preview import Example, ReferenceExamples
 from fedsynth_server.release.verify import verify
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
-from fedsynth_server.warm_start import load_warm_start
+from fedsynth_server.warm_start import autoencoder_start, load_warm_start
 from fedsynth_simulations.cohort.public import public_cohort
 from fedsynth_simulations.evaluate import concatenate, evaluate
 from fedsynth_simulations.evaluation.extractor import extractor_task
@@ -188,12 +188,14 @@ def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
     if path.is_file():
         return load_plan(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = None
-    if settings.warm_start:
-        weights = packaged_warm_start() if settings.warm_start == PACKAGED else Path(settings.warm_start)
-        _, start = load_warm_start(weights)
-        shutil.copyfile(weights, path.parent / "warm-start.safetensors")
     real = bool(settings.site_folders)
+    start = genes_start = None
+    if settings.warm_start:
+        file = packaged_warm_start() if settings.warm_start == PACKAGED else Path(settings.warm_start)
+        weights, start = load_warm_start(file)
+        # Real genes do not move together as simulated ones do, so only a simulation starts from a simulated autoencoder.
+        genes_start = None if real else autoencoder_start(weights, start)
+        shutil.copyfile(file, path.parent / "warm-start.safetensors")
     plan = study_plan(
         "research-sites" if real else "simulated-sites",
         "Try the software on public research data on one machine." if real else "Show a whole study on one machine.",
@@ -201,6 +203,7 @@ def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
         genes=zscore_genes() if real else simulated_genes(),
         epsilon=settings.epsilon,
         warm_start=start,
+        autoencoder_start=genes_start,
         reproducible_seed=settings.reproducible_seed,
     )
     draft = path.with_suffix(".part")

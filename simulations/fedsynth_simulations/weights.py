@@ -10,12 +10,14 @@ import torch
 
 from fedsynth import __version__
 from fedsynth_server.warm_start import save_warm_start
+from fedsynth_simulations.cohort.expression import public_profiles
 from fedsynth_simulations.cohort.public import public_cohort
 from fedsynth_simulations.plans import simulated_genes, study_plan
-from fedsynth_simulations.pretrain import pretrain, public_patients
+from fedsynth_simulations.pretrain import pretrain, pretrain_autoencoder, public_patients
 
 PACKAGED = "packaged"
 _FILE = "warm-start-64.safetensors"
+_PROFILES = 4000
 
 
 def packaged_warm_start() -> Path:
@@ -36,9 +38,14 @@ def make_warm_start(out: Path, patients: int, steps: int, seed: int) -> None:
     )
     public = public_cohort(plan, patients, np.random.default_rng(seed))
     cohort = public_patients(plan, public.images, public.masks, public.morphology, public.labels)
-    generator, discriminator = pretrain(plan, cohort, steps, torch.Generator().manual_seed(seed))
+    draws = torch.Generator().manual_seed(seed)
+    generator, discriminator = pretrain(plan, cohort, steps, draws)
+    profiles = public_profiles(plan.genes, _PROFILES, np.random.default_rng([seed, 1]))
+    autoencoder = pretrain_autoencoder(plan, torch.from_numpy(profiles), draws)
     provenance = {
         "data": f"{patients} simulated patients drawn from the MNI152 atlas in the public style, no private data",
-        "method": f"VAE-GAN, {steps} steps, seed {seed}, fedsynth {__version__}, `fedsynth simulate pretrain`",
+        "profiles": f"{_PROFILES} simulated profiles of a public population, without any batch effect of a site",
+        "method": f"VAE-GAN, {steps} steps, and autoencoder; seed {seed}, fedsynth {__version__}, `fedsynth simulate pretrain`",
     }
-    save_warm_start(out, generator, discriminator, provenance)
+    weights = {"generator": generator, "discriminator": discriminator, "autoencoder": autoencoder}
+    save_warm_start(out, weights, provenance)

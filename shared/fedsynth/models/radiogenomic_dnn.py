@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from fedsynth.models.gene_autoencoder import _ACTIVATIONS, GeneAutoencoder
 from fedsynth.plan import StudyPlan
 
+# A patient's gradient is clipped as one, so the label, whose loss is the steeper, must not use up the whole clip. Tried on
+# simulated cohorts: with equal weights the label is learnt and the morphology is not.
+_MORPHOLOGY_WEIGHT, _LABEL_WEIGHT = 20.0, 0.2
+
 
 class RadiogenomicDNN(nn.Module):
     """G genes -> F morphology features in (0, 1) and K label logits."""
@@ -44,10 +48,9 @@ def radiogenomic_losses(model: nn.Module, genes: Tensor, morphology: Tensor, lab
     predicted, logits = model(genes)
     measured = ~morphology.isnan()
     squared = torch.where(measured, predicted - morphology.nan_to_num(), 0.0) ** 2
-    # Scaled so that an error of a tenth of a feature's range weighs about as much as an undecided label.
-    regression = 20.0 * squared.sum(1) / measured.sum(1).clamp(min=1)
     known = (labels >= 0).to(logits.dtype)
-    return regression + known * nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    labelling = nn.functional.cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    return _MORPHOLOGY_WEIGHT * squared.sum(1) / measured.sum(1).clamp(min=1) + _LABEL_WEIGHT * known * labelling
 
 
 def make_radiogenomic_dnn(plan: StudyPlan) -> RadiogenomicDNN:

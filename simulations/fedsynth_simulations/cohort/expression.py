@@ -104,11 +104,8 @@ def public_expression_reference(
     Raises:
         ValueError: an unknown gene, or fewer than two patients.
     """
-    known = {gene: i for i, gene in enumerate(biology().genes)}
-    unknown = [gene for gene in panel if gene not in known]
-    if unknown or n < 2:
-        raise ValueError(f"expected known genes and at least two patients; got {unknown} unknown, n = {n}")
-    columns = [known[gene] for gene in panel]
+    if n < 2:
+        raise ValueError(f"expected at least two patients, got {n}")
     # The very mapping of ingest, before any gene has a centre or scale.
     uncentred = GenePlan(
         panel=list(panel),
@@ -117,9 +114,22 @@ def public_expression_reference(
         scale=[1.0] * len(panel),
         clip=2 * _LARGEST_SCORE,
     )
-    profiles = [draw_tpm(draw_latents(rng).pathways, 0.0, rng)[columns] for _ in range(n)]
-    scores = np.stack([to_panel_scale(profile, uncentred) for profile in profiles]).astype(np.float64)
+    scores = public_profiles(uncentred, n, rng).astype(np.float64)
     return scores.mean(axis=0), scores.std(axis=0, ddof=1)
+
+
+def public_profiles(genes: GenePlan, n: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Profiles (n, G) of a simulated public population, without any site's batch effect, on the plan's scale.
+
+    Raises:
+        ValueError: the panel names an unknown gene.
+    """
+    known = {gene: i for i, gene in enumerate(biology().genes)}
+    unknown = [gene for gene in genes.panel if gene not in known]
+    if unknown:
+        raise ValueError(f"expected known genes, got {unknown}")
+    columns = [known[gene] for gene in genes.panel]
+    return np.stack([to_panel_scale(draw_tpm(draw_latents(rng).pathways, 0.0, rng)[columns], genes) for _ in range(n)])
 
 
 def reference_quantiles(points: int = 201) -> list[float]:
