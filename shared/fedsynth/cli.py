@@ -11,10 +11,13 @@ import sys
 from importlib.metadata import entry_points
 from typing import Any
 
+import click
 import typer
 
 from fedsynth import __version__
 from fedsynth.errors import ExitCode, FedsynthError
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C, after the shells' custom
 
 
 def build() -> typer.Typer:
@@ -46,15 +49,25 @@ def envelope(data: Any) -> None:
 def main() -> None:
     """Run the command; a known error becomes one clear line (or the JSON envelope) and its exit code."""
     try:
-        build()(standalone_mode=True)
-    except FedsynthError as error:
-        if "--json" in sys.argv:
-            failure = {"error_code": error.code, "message": error.message, "hint": error.hint}
-            typer.echo(json.dumps({"schema_version": 1, "status": "error", **failure}, indent=2))
-        else:
-            typer.secho(f"Error: {error.message}", err=True, fg=typer.colors.RED)
-            typer.echo(f"       code: {error.code}" + (f"\n       {error.hint}" if error.hint else ""), err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. The same command resumes where it stopped.", err=True)
+        code = build()(standalone_mode=False)
+    except click.exceptions.Abort:  # a question was answered with no
+        typer.echo("Not done.", err=True)
         sys.exit(ExitCode.FAILED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except FedsynthError as error:
+        _show(error)
+        sys.exit(error.exit_code)
+    if code == _INTERRUPTED:
+        typer.echo("Interrupted. Nothing that was finished is lost; the same command goes on from there.", err=True)
+    sys.exit(code if isinstance(code, int) else ExitCode.OK)
+
+
+def _show(error: FedsynthError) -> None:
+    if "--json" in sys.argv:
+        failure = {"error_code": error.code, "message": error.message, "hint": error.hint}
+        typer.echo(json.dumps({"schema_version": 1, "status": "error", **failure}, indent=2))
+        return
+    typer.secho(f"Error: {error.message}", err=True, fg=typer.colors.RED)
+    typer.echo(f"       code: {error.code}" + (f"\n       {error.hint}" if error.hint else ""), err=True)
