@@ -65,6 +65,9 @@ def train_gan(
     """
     gan, classes = plan.gan, len(plan.label.classes)
     public = public_generator(randomness)
+    # Slices of drawn patients come from a stream of their own: what it gives out depends on how many were drawn, and
+    # the fakes, whose gradient is not noised, must not.
+    of_patients = public_generator(randomness)
     generator, discriminator = make_generator(plan), make_discriminator(plan)
     generator.load_state_dict(generator_weights)
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=gan.generator_learning_rate, betas=_BETAS)
@@ -94,7 +97,7 @@ def train_gan(
     for step in range(1, mechanism.steps + 1):
         drawn = poisson_draw(len(patients.labels), mechanism.sample_rate, randomness)
         rows = drawn.repeat_interleave(gan.slices_per_patient)
-        places = torch.randint(plan.image.slices, (len(rows),), generator=public)
+        places = torch.randint(plan.image.slices, (len(rows),), generator=of_patients)
 
         def real_losses(module: nn.Module, rows: Tensor = rows, places: Tensor = places) -> Tensor:
             real = patients.slices[rows, :, places].float()

@@ -1,7 +1,7 @@
 """Where the randomness of the privacy mechanism comes from.
 
-The guarantee rests on noise and on Poisson draws that nobody can predict. `SystemRandomness` expands a fresh 256-bit
-key from the operating system with ChaCha20; `SeededRandomness` repeats itself and makes a run *not private*.
+The guarantee rests on noise and on Poisson draws that nobody can predict. `SystemRandomness` expands fresh 256-bit
+keys from the operating system with ChaCha20; `SeededRandomness` repeats itself and makes a run *not private*.
 
 Caveat, stated in every privacy statement: samples are float32 and made by the Box-Muller transform in float64, so the
 floating-point attack of Mironov (CCS 2012) is made harder but not excluded by proof.
@@ -33,17 +33,17 @@ class Randomness(Protocol):
 
 
 class SystemRandomness:
-    """ChaCha20 key stream under a key from the operating system; no two instances share a stream."""
+    """ChaCha20 key streams, each under its own key from the operating system; no two calls share a stream."""
 
     private = True
     description = "ChaCha20 keyed with 256 bits from the operating system; Box-Muller in float64, rounded to float32"
 
-    def __init__(self) -> None:
-        self._stream = Cipher(ChaCha20(os.urandom(32), os.urandom(16)), mode=None).encryptor()
-
     def uniform(self, count: int) -> torch.Tensor:
         """`count` float64 values in [0, 1), multiples of 2**-53."""
-        words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
+        # A key a call: the block counter has 32 bits, so one long stream would end (and a random nonce, whose first
+        # four bytes are the counter's start, could make it end at any time).
+        stream = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+        words = np.frombuffer(stream.update(bytes(8 * count)), dtype=np.uint64)
         return torch.from_numpy((words >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> torch.Tensor:

@@ -92,7 +92,7 @@ def make_private(
         randomness: source of the noise.
 
     Raises:
-        opacus.grad_sample.UnsupportedModuleError: a layer mixes samples or has no per-sample gradient rule.
+        opacus.validators.errors.UnsupportedModuleError: a layer mixes samples or has no per-sample gradient rule.
     """
     ModuleValidator.validate(model, strict=True)
     return PrivateModel(
@@ -119,7 +119,7 @@ def private_step(
         private: the model and its optimiser.
         patients: number of patients drawn; 0 is allowed: the step is then noise alone.
         private_losses: maps the module to losses (patients * k,), the k items of a patient being neighbours. A patient's
-            gradient is the mean over its k items and is clipped as one.
+            gradient is the mean over its k items and is clipped as one; values that are not finite count as 0.
         public_loss: maps the model to a scalar that depends on no private data given the model; its gradient is added
             unclipped and without noise.
     """
@@ -131,9 +131,11 @@ def private_step(
             raise ValueError(f"{len(losses)} losses cannot be split evenly over {patients} patients")
         losses.mean().backward()
         for parameter in private.optimizer.params:
-            if items > 1:
-                per_item = parameter.grad_sample
-                parameter.grad_sample = per_item.reshape(patients, items, *per_item.shape[1:]).mean(1)
+            per_item = parameter.grad_sample
+            per_patient = per_item.reshape(patients, items, *per_item.shape[1:]).mean(1) if items > 1 else per_item
+            # Clipping bounds finite gradients only. With weights made for it, one patient's gradient overflows, and
+            # without this it would turn the sum into NaN and so tell that the patient was drawn.
+            parameter.grad_sample = per_patient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     else:
         for parameter in private.optimizer.params:
             parameter.grad_sample = torch.zeros((0, *parameter.shape), device=parameter.device)
