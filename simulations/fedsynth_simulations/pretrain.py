@@ -25,6 +25,7 @@ from fedsynth.records import State
 
 _BETAS = (0.5, 0.99)
 _EMA = 0.998
+_TUMOUR_WEIGHT, _MASK_WEIGHT = 4.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def pretrain(
     batch: int = 16,
     slices: int = 2,
     learning_rate: float = 1e-3,
-    reconstruction_weight: float = 10.0,
+    reconstruction_weight: float = 15.0,
     kl_weight: float = 0.01,
 ) -> tuple[State, State]:
     """Train on public patients; returns the generator's (averaged over steps) and the discriminator's weights.
@@ -131,12 +132,9 @@ def pretrain(
             drawn = model(torch.randn(len(other), plan.gan.latent_dim, generator=generator), other)
         rebuilt, drawn = rebuilt.float(), drawn.float()
         kl = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).mean()
-        loss = (
-            reconstruction_weight * (rebuilt - real).abs().mean()
-            + reconstruction_weight * kl_weight * kl
-            + 0.5 * _fooling(critic, rebuilt, code)
-            + 0.5 * _fooling(critic, drawn, other)
-        )
+        # The adversarial term comes in slowly: early on it draws checkerboards into what the L1 term has just begun.
+        fooling = min(1.0, 2 * step / steps) * 0.5 * (_fooling(critic, rebuilt, code) + _fooling(critic, drawn, other))
+        loss = reconstruction_weight * (_reconstruction(rebuilt, real) + kl_weight * kl) + fooling
         main.zero_grad()
         loss.backward()
         main.step()
@@ -176,6 +174,14 @@ def pretrain_autoencoder(
 def _half() -> torch.autocast:
     # Halves the time of a step on a CPU; the weights and the losses stay in float32.
     return torch.autocast("cpu", torch.bfloat16)
+
+
+def _reconstruction(rebuilt: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute error of slices (B, C + 1, H, W), the tumour and its mask weighted up: they are small."""
+    tumour = (real[:, -1:] > 0).to(real.dtype)
+    weight = (1 + _TUMOUR_WEIGHT * tumour).expand_as(real).clone()
+    weight[:, -1] *= _MASK_WEIGHT
+    return (weight * (rebuilt - real).abs()).mean()
 
 
 def _fooling(critic: Discriminator, images: Tensor, code: Tensor) -> Tensor:

@@ -44,8 +44,9 @@ def make_warm_start(out: Path, patients: int, steps: int, seed: int) -> None:
     autoencoder = pretrain_autoencoder(plan, torch.from_numpy(profiles), draws)
     provenance = {
         "data": f"{patients} simulated patients drawn from the MNI152 atlas in the public style, no private data",
-        "profiles": f"{_PROFILES} simulated profiles of a public population, without any batch effect of a site",
-        "method": f"VAE-GAN, {steps} steps, and autoencoder; seed {seed}, fedsynth {__version__}, `fedsynth simulate pretrain`",
+        "profiles": f"{_PROFILES} simulated profiles of a public population, no batch effect of any site",
+        "method": f"VAE-GAN ({steps} steps) and autoencoder, seed {seed}",
+        "software": f"fedsynth {__version__}, `fedsynth simulate pretrain`",
     }
     weights = {"generator": generator, "discriminator": discriminator, "autoencoder": autoencoder}
     save_warm_start(out, weights, provenance)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsynth.models.condition import condition_dim
+from fedsynth.models.condition import TumourMap, condition_dim, tumour_map
 from fedsynth.plan import StudyPlan
 
 _START = 4  # pixels of the first feature map
@@ -21,39 +21,52 @@ def _stages(size: int) -> int:
 
 
 class Generator(nn.Module):
-    """(z, condition) -> image channels and mask channel, all in [-1, 1]."""
+    """(z, condition) -> image channels and mask channel, all in [-1, 1].
 
-    def __init__(self, *, latent_dim: int, condition_dim: int, channels: int, size: int, width: int) -> None:
+    Every stage sees the condition's tumour map beside its features.
+    """
+
+    def __init__(
+        self, *, latent_dim: int, condition_dim: int, channels: int, size: int, width: int, tumour_map: TumourMap
+    ) -> None:
         super().__init__()
         stages = _stages(size)
         widths = [width * 2**i for i in reversed(range(stages))]
         self.latent_dim = latent_dim
+        self.tumour_map = tumour_map
         self.start = nn.Linear(latent_dim + condition_dim, widths[0] * _START**2)
         self.norms = nn.ModuleList(nn.GroupNorm(min(8, w), w, affine=False) for w in widths)
         self.modulations = nn.ModuleList(nn.Linear(latent_dim + condition_dim, 2 * w) for w in widths)
         self.ups = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, [*widths[1:], width], strict=True)
+            nn.ConvTranspose2d(a + 1, b, 4, stride=2, padding=1)
+            for a, b in zip(widths, [*widths[1:], width], strict=True)
         )
-        self.last = nn.Conv2d(width, channels, 3, padding=1)
+        self.last = nn.Conv2d(width + 1, channels, 3, padding=1)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """z (B, latent_dim), condition (B, c) -> (B, channels, size, size)."""
         code = torch.cat([z, condition], dim=1)
         x = self.start(code).reshape(len(z), -1, _START, _START)
+        tumour = self.tumour_map(condition)
         for norm, modulation, up in zip(self.norms, self.modulations, self.ups, strict=True):
             scale, shift = modulation(code)[:, :, None, None].chunk(2, dim=1)
-            x = up(torch.relu(norm(x) * (1 + scale) + shift))
-        return torch.tanh(self.last(torch.relu(x)))
+            place = nn.functional.adaptive_avg_pool2d(tumour, x.shape[-1])
+            x = up(torch.cat([torch.relu(norm(x) * (1 + scale) + shift), place], dim=1))
+        return torch.tanh(self.last(torch.cat([torch.relu(x), tumour], dim=1)))
 
 
 class Discriminator(nn.Module):
-    """(image and mask channels, condition) -> logit that the patient's slice is real."""
+    """(image and mask channels, condition) -> logit that the patient's slice is real.
 
-    def __init__(self, *, condition_dim: int, channels: int, size: int, width: int) -> None:
+    It sees the condition's tumour map as one more channel.
+    """
+
+    def __init__(self, *, condition_dim: int, channels: int, size: int, width: int, tumour_map: TumourMap) -> None:
         super().__init__()
+        self.tumour_map = tumour_map
         widths = [width * 2**i for i in range(_stages(size))]
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip([channels, *widths], widths, strict=False)):
+        for i, (a, b) in enumerate(zip([channels + 1, *widths], widths, strict=False)):
             layers.append(nn.Conv2d(a, b, 4, stride=2, padding=1))
             if i > 0:
                 layers.append(nn.GroupNorm(min(8, b), b))
@@ -65,21 +78,21 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, channels, size, size) in [-1, 1], condition (B, c) -> logits (B,)."""
-        features = self.trunk(x)
+        features = self.trunk(torch.cat([x, self.tumour_map(condition)], dim=1))
         alignment = (self.projection(condition) * features).mean(1)
         return self.score(features)[:, 0] + alignment
 
 
 def make_generator(plan: StudyPlan) -> Generator:
     """The generator that `plan` names, with fresh weights."""
-    model = Generator(
+    return Generator(
         latent_dim=plan.gan.latent_dim,
         condition_dim=condition_dim(len(plan.label.classes), len(plan.morphology.features)),
         channels=len(plan.image.sequences) + 1,
         size=plan.image.size,
         width=plan.gan.generator_width,
+        tumour_map=tumour_map(plan),
     )
-    return model
 
 
 def make_discriminator(plan: StudyPlan) -> Discriminator:
@@ -89,6 +102,7 @@ def make_discriminator(plan: StudyPlan) -> Discriminator:
         channels=len(plan.image.sequences) + 1,
         size=plan.image.size,
         width=plan.gan.discriminator_width,
+        tumour_map=tumour_map(plan),
     )
 
 
