@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -69,8 +72,10 @@ def _tensor(array: Array, name: str, expected: Tensor) -> Tensor:
     # What an array declares and what its bytes hold are two things, and both come from the other side.
     try:
         values = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError):
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError, BadZipFile):
         raise JobFailed("arrays_differ", f"The bytes of {name!r} are no arrays.") from None
+    if not isinstance(values, np.ndarray):  # NumPy opens an archive of arrays, too
+        raise JobFailed("arrays_differ", f"The bytes of {name!r} are no array.")
     if values.shape != tuple(expected.shape) or str(values.dtype) != _numpy_dtype(expected):
         raise JobFailed("arrays_differ", f"The arrays of {name!r} are not what they declare to be.")
     return torch.from_numpy(values.copy())
@@ -113,13 +118,17 @@ def refusal(code: str) -> RecordDict:
 
 
 def check_reply(content: RecordDict, module: Module) -> None:
-    """Make sure that a reply holds exactly the records that `module` may send.
+    """Make sure that a reply holds exactly the records and values that `module` may send, or a refusal's code alone.
 
     Raises:
-        JobFailed: ``reply_not_in_closed_list``.
+        JobFailed: ``reply_not_in_closed_list`` (records or keys) or ``reply_malformed`` (a value of another kind: a list
+            or text where a number belongs, text where a code or digest belongs).
     """
     names = set(content)
     if names == {"refusal"}:
+        refused = content.config_records.get("refusal")
+        if refused is None or set(refused) != {"code"} or not _matches(refused["code"], r"[a-z0-9_]{1,64}"):
+            raise JobFailed("reply_malformed", "A refusal holds something else than a code.")
         return
     progress, receipt = content.metric_records.get("progress"), content.config_records.get("receipt")
     if (
@@ -131,6 +140,15 @@ def check_reply(content: RecordDict, module: Module) -> None:
         or set(receipt) != RECEIPT
     ):
         raise JobFailed("reply_not_in_closed_list", f"A reply of {module!r} holds records that it may not hold.")
+    numbers = [*progress.values(), *(receipt[key] for key in RECEIPT - {"head"})]
+    if not all(isinstance(value, int | float) for value in numbers) or not _matches(receipt["head"], r"[0-9a-f]{64}"):
+        raise JobFailed(
+            "reply_malformed", f"A reply of {module!r} holds something else where a number or digest belongs."
+        )
+
+
+def _matches(value: object, pattern: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def progress_record(values: Mapping[str, float]) -> MetricRecord:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedsynth.models.condition import condition, condition_dim, slice_positions
-from fedsynth.models.dcgan import Discriminator, initialise
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import GeneAutoencoder, autoencoder_losses, generate_expression
 from fedsynth.models.radiogenomic_dnn import (
     RadiogenomicDNN,
@@ -56,21 +56,30 @@ def test_slice_positions_run_from_bottom_to_top() -> None:
 
 
 def test_a_patient_without_measured_morphology_contributes_its_label_only() -> None:
-    model, genes = dnn(), torch.randn(2, 10)
-    morphology, labels = torch.tensor([[0.2, 0.4, 0.6], [torch.nan] * 3]), torch.tensor([0, 1])
+    model, genes, labels = dnn(), torch.randn(3, 10), torch.tensor([0, 1, 1])
+    morphology = torch.tensor([[torch.nan] * 3, [torch.nan] * 3, [0.2, 0.4, 0.6]])
     losses = radiogenomic_losses(model, genes, morphology, labels)
-    torch.testing.assert_close(losses[1], cross_entropy(model(genes)[1][1], labels[1]))
+    # A loss on the label, of whatever weight, is a multiple of the cross-entropy: the same for every such patient.
+    weights = losses / cross_entropy(model(genes)[1], labels, reduction="none")
+    assert float(weights[0].detach()) > 0
+    torch.testing.assert_close(weights[0], weights[1])
+    assert float((weights[2] - weights[0]).detach()) > 1e-3
     gradients = torch.autograd.grad(losses[1], list(model.morphology.parameters()), allow_unused=True)
     assert all(g is None or float(g.abs().max()) == 0 for g in gradients)
 
 
-def test_a_patient_of_unknown_label_contributes_its_morphology_only() -> None:
+def test_a_patient_of_unknown_label_contributes_the_mean_error_of_its_measured_features() -> None:
     model, genes = dnn(), torch.randn(1, 10)
-    morphology = torch.tensor([[0.2, torch.nan, 0.6]])
-    loss = radiogenomic_losses(model, genes, morphology, torch.tensor([-1]))
-    predicted = model(genes)[0][0]
-    expected = 20 * ((predicted[0] - 0.2) ** 2 + (predicted[2] - 0.6) ** 2) / 2
-    torch.testing.assert_close(loss[0], expected)
+    predicted = model(genes)[0].detach()
+    off = torch.tensor([[0.1, torch.nan, -0.1]])
+    both = radiogenomic_losses(model, genes, predicted + off, torch.tensor([-1]))
+    one = radiogenomic_losses(model, genes, predicted + torch.tensor([[0.1] + [torch.nan] * 2]), torch.tensor([-1]))
+    twice = radiogenomic_losses(model, genes, predicted + 2 * off, torch.tensor([-1]))
+    assert float(both.detach()) > 0
+    torch.testing.assert_close(one, both)
+    torch.testing.assert_close(twice, 4 * both)
+    gradients = torch.autograd.grad(both.sum(), list(model.label.parameters()), allow_unused=True)
+    assert all(g is None or float(g.abs().max()) == 0 for g in gradients)
 
 
 def test_a_patient_of_whom_nothing_is_known_contributes_nothing() -> None:
@@ -110,12 +119,12 @@ def test_generated_profiles_have_unit_variance_where_the_decoder_alone_has_less(
         last.weight[:3] *= 0.1
         last.weight[3:] *= 20
     generator = torch.Generator().manual_seed(3)
-    decoded = model.decode(torch.randn(4000, 3, generator=generator)).var(0)
+    decoded = model.decode(torch.randn(4000, 3, generator=generator)).detach().var(0)
     variance = generate_expression(model, 4000, generator, clip=1e6).var(0)
     assert float(decoded[:3].max()) < 0.5
     assert float(decoded[3:].min()) > 1.5
     torch.testing.assert_close(variance[:3], torch.ones(3), rtol=0.12, atol=0)
-    torch.testing.assert_close(variance[3:], decoded[3:].detach(), rtol=0.12, atol=0)
+    torch.testing.assert_close(variance[3:], decoded[3:], rtol=0.12, atol=0)
 
 
 def test_generated_profiles_keep_to_the_clip() -> None:
@@ -150,11 +159,13 @@ def test_the_projection_touches_negative_weights_of_the_output_layer_only() -> N
 
 def test_fresh_weights_are_drawn_from_the_given_generator_alone() -> None:
     def fresh(seed: int) -> dict[str, torch.Tensor]:
-        model = Discriminator(condition_dim=4, channels=2, size=32, width=8)
+        model = nn.Sequential(nn.Conv2d(8, 32, 4), nn.ConvTranspose2d(32, 8, 4), nn.Flatten(), nn.Linear(400, 50))
         initialise(model, torch.Generator().manual_seed(seed))
         return model.state_dict()
 
     a, b, c = fresh(1), fresh(1), fresh(2)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not torch.equal(a["score.weight"], c["score.weight"])
-    assert float(a["trunk.2.weight"].std()) == pytest.approx(0.02, rel=0.1)
+    for place, std in (("0", 0.02), ("1", 0.02), ("3", 400**-0.5)):
+        assert not torch.equal(a[f"{place}.weight"], c[f"{place}.weight"])
+        assert float(a[f"{place}.weight"].std()) == pytest.approx(std, rel=0.1)
+        assert float(a[f"{place}.bias"].abs().max()) == 0

@@ -15,15 +15,43 @@ from torch.nn.functional import softplus
 from fedsynth.dp.randomness import SystemRandomness
 from fedsynth.dp.step import make_private
 from fedsynth.models.condition import condition_dim
-from fedsynth.models.dcgan import Discriminator, Generator, initialise
+from fedsynth.models.dcgan import Discriminator, initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import GeneAutoencoder, autoencoder_losses
 from fedsynth.models.radiogenomic_dnn import RadiogenomicDNN, radiogenomic_losses
-from fedsynth.plan import AutoencoderPlan
+from fedsynth.plan import AutoencoderPlan, StudyPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 PATIENTS, GENES, FEATURES, CLASSES = 4, 12, 3, 2
-CONDITION = condition_dim(CLASSES, FEATURES)
+IMAGE_FEATURES = ["volume", "sphericity", "position_left", "position_posterior", "position_superior"]
+CONDITION = condition_dim(CLASSES, len(IMAGE_FEATURES))
+LATENT = 6
+TRAINING = {
+    "rounds": 1,
+    "steps_per_round": 1,
+    "expected_batch": 1,
+    "max_grad_norm": 1.0,
+    "learning_rate": 1e-3,
+    "budget_share": 0.3,
+}
+
+
+def study(size: int) -> StudyPlan:
+    return StudyPlan.model_validate(
+        {
+            "name": "small",
+            "purpose": "tests of the networks",
+            "image": {"sequences": ["T1c", "FLAIR"], "size": size, "slices": 4},
+            "genes": {"panel": ["A", "B"], "reference_quantiles": [0, 1], "center": [0, 0], "scale": [1, 1]},
+            "morphology": {"features": IMAGE_FEATURES},
+            "privacy": {"epsilon": 1.0},
+            "autoencoder": TRAINING,
+            "radiogenomics": TRAINING,
+            "gan": {**TRAINING, "latent_dim": LATENT, "generator_width": 4, "discriminator_width": 8},
+            "sites": [{"name": "north", "nominal_patients": 40}],
+        }
+    )
+
 
 Losses = Callable[[nn.Module, list[Tensor]], Tensor]
 
@@ -42,7 +70,7 @@ def normal(*shape: int) -> Tensor:
 
 
 def discriminator(size: int) -> Case:
-    model = Discriminator(condition_dim=CONDITION, channels=3, size=size, width=8)
+    model = make_discriminator(study(size))
     initialise(model, torch.Generator().manual_seed(0))
     with torch.no_grad():  # away from the start, where some gradients vanish
         for parameter in model.parameters():
@@ -54,12 +82,7 @@ def discriminator(size: int) -> Case:
 def autoencoder(variational: bool, activation: str) -> Case:
     plan = AutoencoderPlan.model_validate(
         {
-            "rounds": 1,
-            "steps_per_round": 1,
-            "expected_batch": 1,
-            "max_grad_norm": 1.0,
-            "learning_rate": 1e-3,
-            "budget_share": 0.5,
+            **TRAINING,
             "variational": variational,
             "hidden": [9, 7],
             "latent_dim": 4,
@@ -171,8 +194,8 @@ def test_a_discriminator_with_batch_normalisation_is_refused_and_would_fail_the_
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_the_generator_makes_images_of_the_plans_size_one_sample_at_a_time(size: int) -> None:
-    model = Generator(latent_dim=6, condition_dim=CONDITION, channels=3, size=size, width=4)
-    z, code = normal(PATIENTS, 6), normal(PATIENTS, CONDITION)
+    model = make_generator(study(size))
+    z, code = normal(PATIENTS, LATENT), normal(PATIENTS, CONDITION)
     images = model(z, code).detach()
     assert images.shape == (PATIENTS, 3, size, size)
     assert float(images.abs().max()) <= 1

@@ -83,6 +83,7 @@ OTHERS: dict[Path_, object] = {
     ("privacy", "reproducible_seed"): 0,
     ("autoencoder", "activation"): "relu",
     ("gan", "warm_start"): WARM_START,
+    ("autoencoder", "warm_start"): {"sha256": "a" * 64, "provenance": "public expression profiles"},
     ("gan", "ema_decay"): 0.5,
     ("aggregation", "weighting"): "equal",
     ("aggregation", "min_sites"): 2,
