@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
+from fedsynth.models.condition import condition
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
@@ -247,6 +248,40 @@ def test_the_generator_steps_once_every_so_many_discriminator_steps() -> None:
     assert gan(study, image_patients()).progress["update_norm"] == 0
     longer = gan(study, image_patients(), mechanism=Mechanism(0.5, SIGMA, 3))
     assert not same(longer.weights, start("gan", study))
+
+
+class Silent(SeededRandomness):
+    """A seeded source without noise, so that what a step learns shows."""
+
+    def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
+        return torch.zeros(tuple(shape))
+
+
+def scores(study: StudyPlan, local: State, images: Tensor, rows: int = 8) -> float:
+    """Mean logit of the discriminator of `local` on images (rows, channels, H, W)."""
+    model = make_discriminator(study)
+    model.load_state_dict({name.removeprefix("model/"): t for name, t in local.items() if name.startswith("model/")})
+    code = condition(labels(rows), normal(rows, FEATURES).sigmoid(), torch.zeros(rows), 2)
+    return float(model(images, code).mean().detach())
+
+
+def fakes(study: StudyPlan, rows: int = 8) -> Tensor:
+    model = make_generator(study)
+    model.load_state_dict(start("gan", study))
+    code = condition(labels(rows), normal(rows, FEATURES).sigmoid(), torch.zeros(rows), 2)
+    return model(normal(rows, study.gan.latent_dim), code).detach()
+
+
+def test_the_discriminator_learns_from_fakes_when_nobody_is_drawn_and_from_patients_when_they_are() -> None:
+    study = plan(gan={"generator_learning_rate": 1e-9})  # a generator that stands still
+    patients, fake = image_patients(), fakes(study)
+    real = patients.slices[:, :, 0].float()
+    before = discriminator(study)
+    nobody = gan(study, patients, mechanism=Mechanism(1e-9, SIGMA, 10), randomness=Silent(1)).local
+    assert scores(study, nobody, fake) < scores(study, before, fake) - 0.1
+    everybody = gan(study, patients, mechanism=Mechanism(1.0, SIGMA, 10), randomness=Silent(1)).local
+    assert scores(study, everybody, real) > scores(study, nobody, real) + 0.1
+    assert scores(study, everybody, real) > scores(study, everybody, fake) + 0.1
 
 
 # ---- local state -----------------------------------------------------------------------------------------------------
