@@ -66,7 +66,8 @@ class Outbox:
                 "Its charge stands and it cannot be made again; the study must go on without it.",
             )
         state, metadata = _load(path)
-        return state, {key: float(value) for key, value in metadata.items()}
+        # Sorted, since the file's metadata come in another order at each reading: what is sent again is the same bytes.
+        return state, {key: float(value) for key, value in sorted(metadata.items())}
 
     def local_state(self, task: Task) -> State:
         """Local state that `task` left; empty when there is none."""

@@ -41,15 +41,19 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
             for full_name in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, key = full_name.partition("/")
                 weights.setdefault(name, {})[key] = file.get_tensor(full_name).to(torch.float32)
+        if not all(weights.values()):
+            raise KeyError("generator and discriminator")
+        start = WarmStart(
+            generator_sha256=state_digest(weights["generator"]),
+            discriminator_sha256=state_digest(weights["discriminator"]),
+            provenance="; ".join(f"{key}: {value}" for key, value in sorted(provenance.items())),
+        )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            "warm_start_unreadable", f"{path} does not hold a warm start with provenance ({type(error).__name__})."
+            "warm_start_unreadable",
+            f"{path} does not hold generator, discriminator and provenance ({type(error).__name__}).",
         ) from None
-    return weights, WarmStart(
-        generator_sha256=state_digest(weights["generator"]),
-        discriminator_sha256=state_digest(weights["discriminator"]),
-        provenance="; ".join(f"{key}: {value}" for key, value in sorted(provenance.items())),
-    )
+    return weights, start
 
 
 def autoencoder_start(weights: dict[str, State], start: WarmStart) -> PublicWeights | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from fedsynth.budget import mechanism
@@ -29,6 +29,7 @@ from fedsynth.plan import MODULES, Module, StudyPlan, WarmStart
 from fedsynth.records import WEIGHTS, State, from_record, state_digest, task_record, to_record
 from fedsynth_client import rounds
 from fedsynth_client.app import app as client_app
+from fedsynth_client.app import make_app, site_folder
 from fedsynth_client.ledger import Limit, Task
 from fedsynth_client.policy import SitePolicy, save_policy
 from fedsynth_client.rounds import answer
@@ -421,9 +422,10 @@ def test_a_site_whose_folder_is_gone_or_unnamed_says_so_by_a_code(
     tmp_path: Path, tiny_plan: StudyPlan, task_content: Content, monkeypatch: pytest.MonkeyPatch, question: str
 ) -> None:
     monkeypatch.delenv("FEDSYNTH_SITE", raising=False)
-    for folder in (tmp_path / NAME, Path()):
+    for folder in (str(tmp_path / NAME), ""):
         tapped: list[bytes] = []
-        grid = InProcessGrid(client_app, {1: folder}, wiretap=lambda _d, _n, data, t=tapped: t.append(data))  # type: ignore[misc]
+        app = make_app(lambda _context, f=folder: Path(f) if f else site_folder(Context(1, 1, {}, RecordDict(), {})))  # type: ignore[misc]
+        grid = InProcessGrid(app, {1: tmp_path}, wiretap=lambda _d, _n, data, t=tapped: t.append(data))  # type: ignore[misc]
         (reply,) = grid.send_and_receive([Message(RecordDict(), dst_node_id=1, message_type=question)])
         assert not reply.has_error()
         code_of(reply.content)

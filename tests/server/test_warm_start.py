@@ -20,7 +20,8 @@ PROVENANCE = {"data": "public simulated cohort", "licence": "Apache-2.0"}
 @pytest.fixture
 def warm(tiny_plan: StudyPlan, tmp_path: Path) -> Path:
     weights = first_state(tiny_plan, None).weights
-    save_warm_start(tmp_path / "warm.safetensors", weights["generator"], weights["discriminator"], PROVENANCE)
+    start = {name: weights[name] for name in ("generator", "discriminator")}
+    save_warm_start(tmp_path / "warm.safetensors", start, PROVENANCE)
     return tmp_path / "warm.safetensors"
 
 
@@ -45,7 +46,7 @@ def test_one_changed_number_is_another_warm_start(tiny_plan: StudyPlan, warm: Pa
     assert refused.value.code == "warm_start_differs"
 
 
-@pytest.mark.parametrize("what", ["absent", "text", "truncated", "no provenance", "another model"])
+@pytest.mark.parametrize("what", ["absent", "text", "truncated", "no provenance", "another model", "half of it"])
 def test_a_file_that_is_no_warm_start_is_named(tmp_path: Path, warm: Path, what: str) -> None:
     path = tmp_path / "wrong.safetensors"
     if what == "text":
@@ -55,7 +56,9 @@ def test_a_file_that_is_no_warm_start_is_named(tmp_path: Path, warm: Path, what:
     elif what == "no provenance":
         save_file({"generator/x": torch.ones(1)}, path)
     elif what == "another model":
-        save_file({"classifier/x": torch.ones(1)}, path, {"provenance": "{}"})
+        save_file({"classifier/x": torch.ones(1)}, path, {"provenance": '{"data": "public images"}'})
+    elif what == "half of it":
+        save_file({"generator/x": torch.ones(1)}, path, {"provenance": '{"data": "public images"}'})
     with pytest.raises(UsageError) as refused:
         load_warm_start(path)
     assert refused.value.code == "warm_start_unreadable"
