@@ -138,7 +138,11 @@ def allocate(
     high = 1.0
     while cost(high) > target_epsilon:
         high *= 1.1
-    return scaled(_least(cost, target_epsilon, 0.1, high))
+    # The bracket is halved, not opened wide: far below the target PRV needs gigabytes and minutes for one epsilon.
+    low = high / 2
+    while low > 0.01 and cost(low) <= target_epsilon:
+        low, high = low / 2, low
+    return scaled(_least(cost, target_epsilon, low, high))
 
 
 def _least(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
