@@ -6,8 +6,8 @@ before). A block of private steps is charged *before* its first step; if the pro
 A block is one task: (study, module, round). Its charge covers the one result that the task releases. A task that died
 before anything of it was released may run again, with fresh noise and fresh draws, under the same charge: what nobody
 saw costs nothing. A task that has released its result never runs again; its stored reply is sent instead. A task whose
-result was withheld for what it holds (weights that are not finite) never runs again either: that it was withheld is
-told, and tells something of the result.
+training failed, or whose result was withheld for what it holds (weights that are not finite), never runs again either:
+that it failed is told, and may tell something of who was drawn.
 
 The chain shows any change of a past entry. That entries were cut off at the end shows against the head digests which
 the coordinator received with each reply and which a release quotes.

@@ -103,11 +103,13 @@ def _run(
             "Its charge stands; the study must go on without it.",
         )
     site.log.info("%s round %d: %s charge, %d steps", task.module, task.round, standing.value, block.steps)
-    result = _train(plan, task.module, incoming, local, cohort, block, randomness)
     try:
+        result = _train(plan, task.module, incoming, local, cohort, block, randomness)
         check_state(result.weights, WEIGHTS[task.module])
-    except JobFailed as error:
-        ledger.withheld(task, error.code)
+    except Exception as error:
+        # That training failed is told, and may depend on who was drawn: to run it again under the same charge would
+        # answer the same question twice.
+        ledger.withheld(task, error.code if isinstance(error, JobFailed) else "training_failed")
         raise
     ledger.released(task, outbox.store(task, result))
     outbox.prune(task)

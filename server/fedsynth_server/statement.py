@@ -24,6 +24,7 @@ _COMPOSITION = (
 _NOT_COVERED = [
     "the choice of panel, sequences, architectures and hyper-parameters, made on public or simulated data",
     "the declared (rounded) cohort sizes, which sites and modules took part, and the times of their messages",
+    "how long a site takes to answer, and whether its cohort is above the smallest size that its policy allows",
     "floating-point effects of the noise generator (Mironov 2012)",
     "what a recipient infers about everybody from correlations that hold in the population",
 ]

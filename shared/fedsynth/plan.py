@@ -123,6 +123,8 @@ class TrainingPlan(Section):
 
     A step draws each patient with probability ``expected_batch / nominal_patients`` (Poisson sampling), clips each drawn
     patient's gradient to `max_grad_norm` and divides the noisy sum by `expected_batch`, a public constant.
+    `budget_share` weighs this module against the others; whatever the shares add up to, all modules together spend the
+    plan's whole epsilon (`fedsynth.budget`).
     """
 
     rounds: Count

@@ -79,7 +79,7 @@ def hospitals(
 def pretrain(
     out: Annotated[Path, typer.Argument(help="The safetensors file to write.")],
     patients: Annotated[int, typer.Option(min=16, help="Public simulated patients to train on.")] = 1600,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 4500,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 3500,
     seed: Annotated[int, typer.Option(help="Of the public cohort and the training.")] = 11,
 ) -> None:
     """Pre-train generator and discriminator on a public simulated cohort: the warm start that the package carries."""

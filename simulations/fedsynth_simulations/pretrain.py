@@ -84,8 +84,9 @@ def pretrain(
     *,
     batch: int = 16,
     slices: int = 2,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1.5e-3,
     reconstruction_weight: float = 15.0,
+    adversarial_weight: float = 0.12,
     kl_weight: float = 0.01,
 ) -> tuple[State, State]:
     """Train on public patients; returns the generator's (averaged over steps) and the discriminator's weights.
@@ -98,7 +99,8 @@ def pretrain(
         batch: patients a step.
         slices: slices a patient and step.
         learning_rate: of generator and encoder at the start; it falls to a tenth (cosine). The discriminator's is a fifth.
-        reconstruction_weight: of the L1 term against the adversarial one.
+        reconstruction_weight: of the L1 term.
+        adversarial_weight: of the adversarial terms in the second half; it rises to this over the first.
         kl_weight: of the KL term per latent dimension.
     """
     classes, positions = len(plan.label.classes), slice_positions(plan.image.slices)
@@ -132,8 +134,9 @@ def pretrain(
             drawn = model(torch.randn(len(other), plan.gan.latent_dim, generator=generator), other)
         rebuilt, drawn = rebuilt.float(), drawn.float()
         kl = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).mean()
-        # The adversarial term comes in slowly: early on it draws checkerboards into what the L1 term has just begun.
-        fooling = min(1.0, 2 * step / steps) * 0.5 * (_fooling(critic, rebuilt, code) + _fooling(critic, drawn, other))
+        # The adversarial term comes in slowly and stays small: it draws checkerboards where it leads.
+        ramp = adversarial_weight * min(1.0, 2 * step / steps)
+        fooling = ramp * (_fooling(critic, rebuilt, code) + _fooling(critic, drawn, other))
         loss = reconstruction_weight * (_reconstruction(rebuilt, real) + kl_weight * kl) + fooling
         main.zero_grad()
         loss.backward()

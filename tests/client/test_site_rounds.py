@@ -443,15 +443,31 @@ def test_a_policy_that_cannot_be_read_does_not_tell_its_path(tiny_site: Site) ->
 def test_an_interrupted_task_runs_again_under_its_charge(
     tiny_site: Site, tiny_plan: StudyPlan, ask: Ask, task_content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(*_: object) -> BlockResult:
+        raise KeyboardInterrupt
+
     content = task_content(tiny_plan, "gan")
     with monkeypatch.context() as patched:
-        patched.setattr(rounds, "_train", no_training)
-        assert code_of(ask(tiny_site, "gan", content)) == "internal_error"
+        patched.setattr(rounds, "_train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ask(tiny_site, "gan", content)
     assert kinds(tiny_site) == ["charge"]
     spent = tiny_site.ledger().epsilon(1e-5)
     assert "generator" in ask(tiny_site, "gan", content)
     assert kinds(tiny_site) == ["charge", "resumed", "released", "sent"]
     assert tiny_site.ledger().epsilon(1e-5) == spent
+
+
+def test_a_task_whose_training_failed_never_runs_again(
+    tiny_site: Site, tiny_plan: StudyPlan, ask: Ask, task_content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = task_content(tiny_plan, "gan")
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "_train", no_training)
+        assert code_of(ask(tiny_site, "gan", content)) == "internal_error"
+    assert kinds(tiny_site) == ["charge", "withheld"]
+    assert code_of(ask(tiny_site, "gan", content)) == "result_withheld"
+    assert kinds(tiny_site) == ["charge", "withheld"]
 
 
 def test_a_charge_stands_when_its_process_is_killed_in_training(

@@ -93,7 +93,7 @@ def test_public_reference_describes_normal_scores_of_each_gene() -> None:
 
 @pytest.mark.parametrize(("panel", "n"), [(["TP53", "NOT_A_GENE"], 10), (["TP53", "EGFR"], 1)])
 def test_public_reference_refuses_what_it_cannot_describe(panel: list[str], n: int) -> None:
-    with pytest.raises(ValueError, match="expected (known genes|at least two)"):
+    with pytest.raises(ValueError, match=r"expected (known genes|at least two)"):
         public_expression_reference(panel, n, np.random.default_rng(0))
 
 

@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 Accountant = Literal["rdp", "prv"]
 
 # Opacus' default orders end at 63, which is too low for the optimum at small epsilon. Fractional orders cost thirty times
-# what whole ones do; these give the same epsilon to 0.2 %, never a lower one, since any order gives an upper bound.
+# what whole ones do; these give an epsilon at most 1 % larger, never a smaller one, since any order gives an upper bound.
 _ORDERS: tuple[float, ...] = (
     *(1.25, 1.5, 1.75, 2.5, 3.5, 4.5, 5.5),
     *range(2, 64),

@@ -42,6 +42,15 @@ class GeneAutoencoder(nn.Module):
         kl = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum(1)
         return self.decoder(mean + noise * (0.5 * log_variance).exp()), kl
 
+    def prior(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw latents (count, latent_dim): standard normal, or uniform in (-1, 1) where the encoder ends in a tanh.
+
+        The latter is a guess: without the variational term nothing makes real latents follow it.
+        """
+        if self.variational:
+            return torch.randn(count, self.latent_dim, generator=generator)
+        return 2 * torch.rand(count, self.latent_dim, generator=generator) - 1
+
     def decode(self, latent: Tensor) -> Tensor:
         """latent (B, latent_dim) from the prior -> expected expression (B, G)."""
         return self.decoder(latent)
@@ -66,8 +75,8 @@ def generate_expression(model: GeneAutoencoder, count: int, generator: torch.Gen
     decoder and public constants only: post-processing, without privacy cost.
     """
     with torch.no_grad():
-        reference = model.decode(torch.randn(2048, model.latent_dim, generator=generator))
+        reference = model.decode(model.prior(2048, generator))
         lacking = (1.0 - reference.var(0)).clamp(min=0.0).sqrt()
-        expected = model.decode(torch.randn(count, model.latent_dim, generator=generator))
+        expected = model.decode(model.prior(count, generator))
         residual = torch.randn(expected.shape, generator=generator) * lacking
         return (expected + residual).clamp(-clip, clip)
