@@ -82,16 +82,18 @@ def _spending(charges: list[Entry], delta: float) -> Spending:
 
 def render(current: Account) -> None:
     """Print the account as a table."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})")
-    for name in ("study", "module", "rounds", "steps", "sample rate", "noise", "clip", "epsilon alone", "private"):
+    title = f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("study", "module", "rounds", "steps", "q", "sigma", "clip", "eps", "private"):
         table.add_column(name, justify="left" if name in ("study", "module") else "right")
     for s in current.spendings:
         table.add_row(
-            s.study[:12],
+            s.study[:8],
             s.module,
             str(s.rounds),
             str(s.steps),
@@ -102,6 +104,7 @@ def render(current: Account) -> None:
             "yes" if s.private else "NO",
         )
     console.print(table)
+    console.print("q: sample rate; sigma: noise multiplier; eps: epsilon of the module alone", style="dim")
     console.print(
         f"Spent, all composed: epsilon {current.epsilon:.4f} of {current.max_epsilon:g}; left {current.left:.4f}.\n"
         f"{current.entries} entries, chain intact, {current.messages_sent} replies sent; head {current.head[:16]}."

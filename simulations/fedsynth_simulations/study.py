@@ -26,7 +26,9 @@ from fedsynth.evaluation import Evaluation
 from fedsynth.files import read_json, write_json
 from fedsynth.metrics.domain_extractor import train_extractor
 from fedsynth.models.dcgan import make_generator
+from fedsynth.models.gene_autoencoder import generate_expression, make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.morphology import normalise
 from fedsynth.plan import MODULES, StudyPlan, load_plan, save_plan
 from fedsynth.progress import say
 from fedsynth.synthesis import SyntheticProfiles, draw_patients
@@ -48,7 +50,7 @@ from fedsynth_server.release.verify import verify
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
 from fedsynth_server.warm_start import autoencoder_start, load_warm_start
-from fedsynth_simulations.cohort.public import public_cohort
+from fedsynth_simulations.cohort.public import PublicCohort, public_cohort
 from fedsynth_simulations.evaluate import concatenate, evaluate
 from fedsynth_simulations.evaluation.extractor import extractor_task
 from fedsynth_simulations.grid import InProcessGrid, Wiretap, run_in_process, untapped
@@ -290,7 +292,7 @@ def _evaluation(
         cohort.split("train"),
         cohort.split("holdout"),
         patients,
-        _public_only(out, plan, patients, generator),
+        _public_only(out, plan, public, len(patients), generator),
         extractor,
         predict,
         _data(settings),
@@ -301,25 +303,30 @@ def _evaluation(
 
 
 def _public_only(
-    out: Path, plan: StudyPlan, patients: list[SyntheticPatient], generator: torch.Generator
+    out: Path, plan: StudyPlan, public: PublicCohort, count: int, generator: torch.Generator
 ) -> list[SyntheticPatient] | None:
-    """What the warm-start generator makes without any private data: the floor that private training has to beat.
+    """What the public weights make without any private data: the floor that private training has to beat.
 
-    Its genes are independent draws from the public reference (standard normal on the plan's scale) and its morphology
-    and labels are drawn evenly from their ranges, so nothing of the sites is in it.
+    Morphology and labels are those of the public cohort; genes come from the public autoencoder or, without one, are
+    independent standard normal values, the plan's public reference. Nothing links the two, since no public data do.
     """
     path = out / "study" / "warm-start.safetensors"
     if not path.is_file():
         return None
+    weights, _ = load_warm_start(path)
     model = make_generator(plan)
-    model.load_state_dict(load_warm_start(path)[0]["generator"])
-    count = len(patients)
-    profiles = SyntheticProfiles(
-        torch.randn(count, len(plan.genes.panel), generator=generator).clamp(-plan.genes.clip, plan.genes.clip),
-        torch.rand(count, len(plan.morphology.features), generator=generator),
-        torch.randint(len(plan.label.classes), (count,), generator=generator),
+    model.load_state_dict(weights["generator"])
+    rows = torch.randint(len(public.labels), (count,), generator=generator)
+    if plan.autoencoder.warm_start is not None:
+        autoencoder = make_autoencoder(plan)
+        autoencoder.load_state_dict(weights["autoencoder"])
+        genes = generate_expression(autoencoder.eval(), count, generator, plan.genes.clip)
+    else:
+        genes = torch.randn(count, len(plan.genes.panel), generator=generator).clamp(-plan.genes.clip, plan.genes.clip)
+    morphology = torch.from_numpy(normalise(public.morphology, plan.morphology.features)).nan_to_num(0.5)
+    return draw_patients(
+        plan, model, SyntheticProfiles(genes, morphology[rows], torch.from_numpy(public.labels)[rows]), generator
     )
-    return draw_patients(plan, model, profiles, generator)
 
 
 def _data(settings: Settings) -> str:
