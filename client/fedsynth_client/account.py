@@ -90,7 +90,7 @@ def render(current: Account) -> None:
     title = f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("study", "module", "rounds", "steps", "q", "sigma", "clip", "eps", "private"):
-        table.add_column(name, justify="left" if name in ("study", "module") else "right")
+        table.add_column(name, justify="left" if name in ("study", "module") else "right", no_wrap=name == "module")
     for s in current.spendings:
         table.add_row(
             s.study[:8],
