@@ -89,13 +89,12 @@ def render(current: Account) -> None:
     console = Console()
     title = f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("study", "module", "rounds", "steps", "q", "sigma", "clip", "eps", "private"):
+    for name in ("study", "module", "steps", "q", "sigma", "clip", "eps", "private"):
         table.add_column(name, justify="left" if name in ("study", "module") else "right", no_wrap=name == "module")
     for s in current.spendings:
         table.add_row(
             s.study[:8],
             s.module,
-            str(s.rounds),
             str(s.steps),
             f"{s.sample_rate:.3f}",
             f"{s.noise_multiplier:g}",
