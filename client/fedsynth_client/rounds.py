@@ -134,7 +134,7 @@ def _train(
     autoencoder.load_state_dict(incoming["autoencoder"])
     dnn.load_state_dict(incoming["radiogenomics"])
     generator = public_generator(randomness)
-    profiles = draw_profiles(autoencoder, dnn, _POOL, generator, plan.genes.clip)
+    profiles = draw_profiles(autoencoder, dnn, _POOL, generator, plan.genes.clip, plan.morphology.reference_sd)
     patients = ImagePatients(image_slices(cohort), morphology, labels)
     return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)
 

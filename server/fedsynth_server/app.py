@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,17 +13,31 @@ from fedsynth.plan import load_plan
 from fedsynth_server.rounds import run_study
 from fedsynth_server.warm_start import load_warm_start
 
-app = ServerApp()
 
+def study_folder(context: Context) -> Path:
+    """The study's folder, which the run config names (``study-folder``).
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the study whose folder the run config names (``study-folder``: plan.toml, checkpoint, warm-start.safetensors)."""
+    Raises:
+        UsageError: ``study_folder_unknown``.
+    """
     folder = context.run_config.get("study-folder")
     if not folder:
         raise UsageError("study_folder_unknown", "The run config does not name a study-folder.")
-    path = Path(str(folder))
-    warm_start = path / "warm-start.safetensors"
-    run_study(
-        grid, load_plan(path / "plan.toml"), path, load_warm_start(warm_start)[0] if warm_start.is_file() else None
-    )
+    return Path(str(folder))
+
+
+def make_app(folder_of: Callable[[Context], Path] = study_folder) -> ServerApp:
+    """A ServerApp that runs the study in the folder that `folder_of` finds (plan.toml, checkpoint, warm start)."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        folder = folder_of(context)
+        warm_start = folder / "warm-start.safetensors"
+        weights = load_warm_start(warm_start)[0] if warm_start.is_file() else None
+        run_study(grid, load_plan(folder / "plan.toml"), folder, weights)
+
+    return app
+
+
+app = make_app()

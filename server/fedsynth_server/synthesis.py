@@ -35,5 +35,5 @@ def synthesise(plan: StudyPlan, state: StudyState, count: int, generator: torch.
     autoencoder.load_state_dict(state.weights["autoencoder"])
     dnn.load_state_dict(state.weights["radiogenomics"])
     model.load_state_dict(state.weights["generator_ema"])
-    profiles = draw_profiles(autoencoder, dnn, count, generator, plan.genes.clip)
+    profiles = draw_profiles(autoencoder, dnn, count, generator, plan.genes.clip, plan.morphology.reference_sd)
     return draw_patients(plan, model, profiles, generator)

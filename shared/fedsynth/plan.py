@@ -89,9 +89,15 @@ class LabelPlan(Section):
 
 
 class MorphologyPlan(Section):
-    """Which features of `fedsynth.morphology.FEATURES` the study uses, in this order."""
+    """Which features of `fedsynth.morphology.FEATURES` the study uses, in this order.
+
+    `reference_sd` gives each feature's standard deviation on the normalised scale [0, 1] in a public population. Where it is
+    given, synthetic morphology gets, as independent noise, the spread that the DNN's predictions lack; where it is empty,
+    synthetic patients are all as near to the average as the predictions are.
+    """
 
     features: list[str] = [feature.name for feature in FEATURES]
+    reference_sd: list[Annotated[float, Field(ge=0, le=1)]] = Field(default=[])
 
     @model_validator(mode="after")
     def _features_exist(self) -> Self:
@@ -101,6 +107,8 @@ class MorphologyPlan(Section):
             raise ValueError(
                 f"morphology.features: unknown or repeated {unknown or self.features}; known: {sorted(known)}"
             )
+        if self.reference_sd and len(self.reference_sd) != len(self.features):
+            raise ValueError("morphology.reference_sd needs one value for each feature, or none at all")
         return self
 
 

@@ -5,6 +5,7 @@ Everything here uses released weights and fresh noise only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from fedsynth.morphology import denormalise
 from fedsynth.plan import StudyPlan
 from fedsynth.synthetic import SyntheticPatient
 
+_SPREAD_SAMPLE = 2048
+
 
 @dataclass(frozen=True)
 class SyntheticProfiles:
@@ -29,15 +32,30 @@ class SyntheticProfiles:
 
 
 def draw_profiles(
-    autoencoder: GeneAutoencoder, dnn: RadiogenomicDNN, count: int, generator: torch.Generator, clip: float
+    autoencoder: GeneAutoencoder,
+    dnn: RadiogenomicDNN,
+    count: int,
+    generator: torch.Generator,
+    clip: float,
+    reference_sd: Sequence[float] = (),
 ) -> SyntheticProfiles:
-    """Draw genes from the autoencoder, morphology from the DNN, and labels from the DNN's class probabilities."""
+    """Draw genes from the autoencoder, morphology around the DNN's prediction, and labels from its class probabilities.
+
+    A prediction is a conditional mean, so predictions spread less than patients do. `reference_sd` (F,), a public standard
+    deviation of each feature, says by how much: what is lacking is added as independent noise. It uses the DNN and public
+    constants only, so it costs no privacy.
+    """
     autoencoder.eval()
     dnn.eval()
     with torch.no_grad():
         genes = generate_expression(autoencoder, count, generator, clip)
         morphology, logits = dnn(genes)
         labels = torch.multinomial(torch.softmax(logits, dim=1), 1, generator=generator)[:, 0]
+        if len(reference_sd):
+            predicted, _ = dnn(generate_expression(autoencoder, _SPREAD_SAMPLE, generator, clip))
+            lacking = (torch.tensor(reference_sd) ** 2 - predicted.var(0)).clamp(min=0.0).sqrt()
+            noise = torch.randn(morphology.shape, generator=generator) * lacking
+            morphology = (morphology + noise).clamp(0.0, 1.0)
     return SyntheticProfiles(genes, morphology, labels)
 
 

@@ -30,6 +30,9 @@ def simulate(
         Path | None, typer.Option(help="Public weights to start the GAN from; default: those that the package carries.")
     ] = None,
     cold_start: Annotated[bool, typer.Option("--cold-start", help="Start the GAN from random weights.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the federation over Flower's Ray engine (extra 'ray').")
+    ] = False,
     reproducible_seed: Annotated[
         int | None, typer.Option(help="Seed the privacy noise. The run is then reproducible and NOT PRIVATE.")
     ] = None,
@@ -57,6 +60,7 @@ def simulate(
             sources=str(sources.resolve()) if sources else "",
             warm_start=start,
             reproducible_seed=reproducible_seed,
+            backend="ray" if ray else "in-process",
         ),
     )
     typer.echo(f"Release: {release}")

@@ -9,6 +9,7 @@ from fedsynth.plan import (
     AggregationPlan,
     GenePlan,
     LabelPlan,
+    MorphologyPlan,
     PrivacyPlan,
     PublicWeights,
     SitePlan,
@@ -21,6 +22,19 @@ from fedsynth_simulations.cohort.panel import load_panel
 
 _PUBLIC_PROFILES = 400
 _REFERENCE_SEED = 1  # the public reference population is the same in every study
+
+# Standard deviation of each feature on the normalised scale, over 1,600 public simulated patients (`cohort.public`).
+_PUBLIC_SD = {
+    "volume": 0.115,
+    "enhancing_fraction": 0.151,
+    "oedema_fraction": 0.249,
+    "sphericity": 0.056,
+    "position_left": 0.211,
+    "position_posterior": 0.172,
+    "position_superior": 0.132,
+    "t1c_ratio": 0.055,
+    "flair_ratio": 0.045,
+}
 
 
 def simulated_genes() -> GenePlan:
@@ -81,6 +95,7 @@ def study_plan(
         name=name,
         purpose=purpose,
         genes=genes,
+        morphology=MorphologyPlan(features=list(_PUBLIC_SD), reference_sd=list(_PUBLIC_SD.values())),
         label=LabelPlan(name="grade", classes=["low", "high"]),
         privacy=PrivacyPlan(epsilon=epsilon, delta=1e-5, reproducible_seed=reproducible_seed),
         autoencoder=autoencoder,

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tomli_w
@@ -56,10 +57,13 @@ from fedsynth_simulations.evaluation.extractor import extractor_task
 from fedsynth_simulations.grid import InProcessGrid, Wiretap, run_in_process, untapped
 from fedsynth_simulations.hospitals import write_hospitals
 from fedsynth_simulations.plans import simulated_genes, study_plan, zscore_genes
+from fedsynth_simulations.ray import run_over_ray
 from fedsynth_simulations.weights import PACKAGED, packaged_warm_start
 
 _PUBLIC_PATIENTS = 150
 _EXAMPLES = 6
+
+Backend = Literal["in-process", "ray"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Settings:
         sources: the `sources.toml` that describes all real folders.
         warm_start: file of public weights, ``"packaged"`` for those of this package, or empty for random weights.
         reproducible_seed: seeds the privacy noise: the run is then marked *not private*.
+        backend: how the federation runs: in this process, or over Ray.
     """
 
     patients: int
@@ -85,6 +90,7 @@ class Settings:
     sources: str = ""
     warm_start: str = ""
     reproducible_seed: int | None = None
+    backend: Backend = "in-process"
 
 
 def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
@@ -103,7 +109,7 @@ def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
         for name, path in sources.items():
             _site(out / "sites" / name, name, plan, path)
     with _stage("federation"):
-        state = _federation(out, plan, list(sources), wiretap)
+        state = _federation(out, plan, list(sources), wiretap, settings.backend)
     release = out / "release"
     if not release.is_dir():
         with _stage("synthesis"):
@@ -249,13 +255,16 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
     site.approve(plan)
 
 
-def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap) -> StudyState:
+def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap, backend: Backend) -> StudyState:
     folder = out / "study"
     state = load_state(folder, plan)
     if state is None or any(state.rounds[module] < plan.training(module).rounds for module in MODULES):
-        folders = {node: out / "sites" / name for node, name in enumerate(names, start=1)}
-        grid = InProcessGrid(client_app, folders, wiretap=wiretap)
-        run_in_process(server_app, grid, {"study-folder": str(folder)})
+        folders = [out / "sites" / name for name in names]
+        if backend == "ray":
+            run_over_ray(folder, folders)
+        else:
+            grid = InProcessGrid(client_app, dict(enumerate(folders, start=1)), wiretap=wiretap)
+            run_in_process(server_app, grid, {"study-folder": str(folder)})
         state = load_state(folder, plan)
     if state is None:
         raise JobFailed("checkpoint_missing", f"The federation ended without a checkpoint in {folder}.")

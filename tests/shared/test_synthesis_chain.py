@@ -153,3 +153,14 @@ def test_slices_differ_by_their_position_and_patients_by_their_profile(generator
     assert not np.allclose(same[0].images[:, 0], same[0].images[:, 1], atol=1e-3)
     differing = draw_patients(PLAN, generator, drawn, seeded(5))
     assert not np.allclose(differing[0].images, differing[1].images, atol=1e-3)
+
+
+def test_morphology_spreads_as_the_public_reference_says_and_keeps_its_mean() -> None:
+    autoencoder, dnn = make_autoencoder(PLAN), make_radiogenomic_dnn(PLAN)
+    features = len(PLAN.morphology.features)
+    narrow = draw_profiles(autoencoder, dnn, 4000, seeded(3), 4.0).morphology
+    wide = draw_profiles(autoencoder, dnn, 4000, seeded(3), 4.0, [0.15] * features).morphology
+    assert narrow.std(0).max() < 0.1
+    assert torch.allclose(wide.std(0), torch.full((features,), 0.15), atol=0.01)
+    assert torch.allclose(wide.mean(0), narrow.mean(0), atol=0.02)
+    assert wide.min() >= 0 and wide.max() <= 1
