@@ -24,6 +24,8 @@ NODES = {10: "a", 11: "b"}
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
+# A process started in the background inherits that Ctrl-C is ignored; one at a terminal does not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import typer
 import fedsynth.cli as cli
 import fedsynth_client.rounds as site_rounds
