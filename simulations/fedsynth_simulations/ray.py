@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from flwr.app import Context
@@ -17,10 +18,8 @@ def run_over_ray(study_folder: Path, site_folders: list[Path]) -> None:
     Raises:
         UsageError: ``ray_missing``.
     """
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        raise UsageError("ray_missing", "Ray is not installed.", "pip install 'fedsynth[ray]'") from None
+    if find_spec("ray") is None:
+        raise UsageError("ray_missing", "Ray is not installed.", "pip install 'fedsynth[ray]'")
     from flwr.simulation import run_simulation
 
     folders = [str(folder.resolve()) for folder in site_folders]
