@@ -6,7 +6,6 @@ or has none.
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from fedsynth.errors import JobFailed, Refused
-from fedsynth.files import sha256_file, write_atomic
+from fedsynth.files import DISK_FULL, sha256_file, write_atomic
 from fedsynth.records import State
 from fedsynth_client.ledger import Ledger, Task
 from fedsynth_client.training.block import BlockResult
@@ -44,7 +43,7 @@ class Outbox:
             )
             return sha256_file(self._reply(task))
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in DISK_FULL
             raise JobFailed(
                 "disk_full" if full else "disk_error",
                 f"The result of {task.module} round {task.round} could not be stored below {self.folder}: "

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedsynth.errors import UsageError
-from fedsynth.files import write_atomic
+from fedsynth.errors import JobFailed, UsageError
+from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
@@ -63,7 +63,11 @@ class StudyState:
 
 
 def save_state(state: StudyState, folder: Path) -> None:
-    """Write the checkpoint; the one before stays until the new one is whole."""
+    """Write the checkpoint; the one before stays until the new one is whole.
+
+    Raises:
+        JobFailed: ``disk_full``.
+    """
     tensors = {f"{name}/{key}": t.clone() for name, weights in state.weights.items() for key, t in weights.items()}
     rest = {
         "study": state.study,
@@ -71,8 +75,18 @@ def save_state(state: StudyState, folder: Path) -> None:
         "curves": state.curves,
         "receipts": {s: {m: vars(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, save(tensors, {"state": json.dumps(rest, sort_keys=True)}))
+    content = save(tensors, {"state": json.dumps(rest, sort_keys=True)})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / FILE, content)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise JobFailed(
+                "disk_full",
+                f"The disk is full: the checkpoint in {folder} is still that of the round before.",
+                "Free some space and repeat the command; the sites answer again from what they stored.",
+            ) from None
+        raise
 
 
 def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:

@@ -15,7 +15,8 @@ import click
 import typer
 
 from fedsynth import __version__
-from fedsynth.errors import ExitCode, FedsynthError
+from fedsynth.errors import ExitCode, FedsynthError, JobFailed
+from fedsynth.files import DISK_FULL
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C, after the shells' custom
 
@@ -59,6 +60,11 @@ def main() -> None:
     except FedsynthError as error:
         _show(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _show(JobFailed("disk_full", "The disk is full.", "Free some space and repeat the command; it goes on."))
+        sys.exit(JobFailed.exit_code)
     if code == _INTERRUPTED:
         typer.echo("Interrupted. Nothing that was finished is lost; the same command goes on from there.", err=True)
     sys.exit(code if isinstance(code, int) else ExitCode.OK)

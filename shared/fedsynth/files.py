@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+# What the operating system says when there is no room: on the device, or in the user's quota.
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -19,7 +19,7 @@ def simulate(
     patients: Annotated[int, typer.Option(min=20, help="Patients a simulated hospital.")] = 240,
     synthetic: Annotated[int, typer.Option(min=1, help="Synthetic patients in the release.")] = 150,
     epsilon: Annotated[float, typer.Option(min=0.01, help="Budget of a patient over the whole study.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Seed of the simulated hospitals (never of the privacy noise).")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated hospitals (never of the privacy noise).")] = 23,
     site: Annotated[
         list[Path] | None, typer.Option(help="A real site's folder, in place of simulated ones; repeat for each site.")
     ] = None,
@@ -71,7 +71,7 @@ def simulate(
 def hospitals(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     patients: Annotated[int, typer.Option(min=1, help="Patients a hospital.")] = 240,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.")] = 7,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.")] = 23,
 ) -> None:
     """Write the simulated hospitals alone: DICOM, BIDS and patient folders, with planted identifiers and faults."""
     from fedsynth_simulations.hospitals import write_hospitals

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsynth.errors import UsageError
+from fedsynth.errors import JobFailed, UsageError
 from fedsynth.plan import StudyPlan, WarmStart
 from fedsynth.records import state_digest
 from fedsynth_server.checkpoint import FILE, Receipt, StudyState, first_state, load_state, save_state
@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(
 
     with monkeypatch.context() as patched:
         patched.setattr(os if step == "fsync" else Path, step, full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(JobFailed, match="disk is full"):
             save_state(replace(state, rounds={**state.rounds, "autoencoder": 2}), tmp_path)
     back = load_state(tmp_path, tiny_plan)
     assert back is not None

@@ -6,7 +6,6 @@ patients are put in random order, and nothing of an id, a file name or a header 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from fedsynth.errors import JobFailed, Refused, UsageError
-from fedsynth.files import read_json
+from fedsynth.files import DISK_FULL, read_json
 from fedsynth.morphology import FEATURES
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
@@ -363,7 +362,7 @@ def _write(out: Path, rows: list[_Row], plan: StudyPlan, report: PreparationRepo
         else:
             temporary.rename(out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise JobFailed(
                 "disk_full",
                 f"The disk is full; no cohort was written to {out}.",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.evaluation import Evaluation
+from fedsynth.files import DISK_FULL
 from fedsynth.plan import StudyPlan, save_plan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
@@ -88,7 +89,7 @@ def make_release(
         os.sync()  # What is renamed below must be on the disk: thousands of files, so once for all.
         draft.rename(out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise JobFailed(
                 "disk_full",
                 f"The disk is full; no release was made at {out}.",
