@@ -1,0 +1,1 @@
+"""Fitting models to noisy statistics: post-processing at the coordinator."""
