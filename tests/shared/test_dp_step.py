@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -13,11 +13,12 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import Tensor, nn
 
 from fedsynth.dp.randomness import Randomness, SeededRandomness
-from fedsynth.dp.step import PrivateModel, make_private, private_step
+from fedsynth.dp.step import Backend, PrivateModel, make_private, private_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 
 FEATURES = 5
+BACKEND: list[Backend] = ["bookkeeping"]
 
 
 class NoNoise:
@@ -39,6 +40,15 @@ class Setting:
     clip: float = 0.5
     expected_batch: int = 8
     randomness: Randomness = field(default_factory=NoNoise)
+    backend: Backend = field(default_factory=lambda: BACKEND[-1])
+
+
+@pytest.fixture(params=["bookkeeping", "hooks"], autouse=True)
+def _each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test of this file runs with both ways to clip."""
+    BACKEND.append(request.param)
+    yield
+    BACKEND.pop()
 
 
 PublicLoss = Callable[[nn.Module], Tensor]
@@ -98,8 +108,13 @@ def derived_update(setting: Setting, batch: Tensor, public: PublicLoss | None) -
     return result
 
 
+def of(batch: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The losses of `batch` (n, k, FEATURES + 1) by positions in it."""
+    return lambda module, positions: losses(module, batch[positions].flatten(0, 1))
+
+
 def ours(model: nn.Module, setting: Setting, batch: Tensor, public: PublicLoss | None) -> None:
-    private_step(_private(model, setting), len(batch), lambda module: losses(module, batch.flatten(0, 1)), public)
+    private_step(_private(model, setting), len(batch), of(batch), public)
 
 
 def _private(model: nn.Module, setting: Setting) -> PrivateModel:
@@ -110,6 +125,7 @@ def _private(model: nn.Module, setting: Setting) -> PrivateModel:
         max_grad_norm=setting.clip,
         expected_batch=setting.expected_batch,
         randomness=setting.randomness,
+        backend=setting.backend,
     )
 
 
@@ -180,17 +196,16 @@ def public_gradient_before_pre_step(
     model: nn.Module, setting: Setting, batch: Tensor, public: PublicLoss | None
 ) -> None:
     private = _private(model, setting)
-    private.optimizer.zero_grad()
-    if len(batch):
-        losses(private.module, batch.flatten(0, 1)[:: batch.shape[1]]).mean().backward()
-    else:
-        for parameter in private.optimizer.params:
-            parameter.grad_sample = torch.zeros((0, *parameter.shape))
-    if public is not None:
-        private.module.disable_hooks()
-        public(private.model).backward()
-        private.module.enable_hooks()
-    private.optimizer.step()
+    add_noise = private.optimizer.add_noise
+
+    def add_noise_to_what_was_there() -> None:
+        if public is not None:
+            with private.public() as inner:
+                public(inner).backward()
+        add_noise()
+
+    private.optimizer.add_noise = add_noise_to_what_was_there  # type: ignore[method-assign]
+    private_step(private, len(batch), of(batch), None)
 
 
 def public_gradient_clipped(model: nn.Module, setting: Setting, batch: Tensor, public: PublicLoss | None) -> None:
@@ -274,7 +289,7 @@ def test_steps_do_not_remember_the_gradients_of_earlier_steps() -> None:
     model = network()
     private = _private(model, setting)
     for batch in (first, second, patients(0, 2)):
-        private_step(private, len(batch), lambda module, b=batch: losses(module, b.flatten(0, 1)), large_public_loss)  # type: ignore[misc]
+        private_step(private, len(batch), of(batch), large_public_loss)
     fresh = network()
     for batch in (first, second, patients(0, 2)):
         wrapped = copy.deepcopy(fresh)
@@ -286,7 +301,7 @@ def test_steps_do_not_remember_the_gradients_of_earlier_steps() -> None:
 def test_losses_that_cannot_be_split_over_the_patients_are_refused() -> None:
     private = _private(network(), Setting())
     with pytest.raises(ValueError, match="split evenly"):
-        private_step(private, 2, lambda module: losses(module, patients(3, 1).flatten(0, 1)))
+        private_step(private, 2, lambda module, _: losses(module, patients(3, 1).flatten(0, 1)))
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(7), nn.SyncBatchNorm(7)])

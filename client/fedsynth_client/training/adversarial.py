@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from opacus import GradSampleModule
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, poisson_draw
-from fedsynth.dp.step import make_private, private_step
+from fedsynth.dp.step import PrivateModel, make_private, private_step
 from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.plan import StudyPlan
@@ -96,10 +95,13 @@ def train_gan(
     generator_steps = 0
     for step in range(1, mechanism.steps + 1):
         drawn = poisson_draw(len(patients.labels), mechanism.sample_rate, randomness)
-        rows = drawn.repeat_interleave(gan.slices_per_patient)
-        places = torch.randint(plan.image.slices, (len(rows),), generator=of_patients)
+        drawn_places = torch.randint(plan.image.slices, (len(drawn), gan.slices_per_patient), generator=of_patients)
 
-        def real_losses(module: nn.Module, rows: Tensor = rows, places: Tensor = places) -> Tensor:
+        def real_losses(
+            module: nn.Module, chunk: Tensor, drawn: Tensor = drawn, drawn_places: Tensor = drawn_places
+        ) -> Tensor:
+            rows = drawn[chunk].repeat_interleave(gan.slices_per_patient)
+            places = drawn_places[chunk].flatten()
             real = patients.slices[rows, :, places].float()
             code = condition(patients.labels[rows], patients.morphology[rows], positions[places], classes)
             return softplus(-module(real, code))
@@ -114,7 +116,7 @@ def train_gan(
         private_step(private, len(drawn), real_losses, fake_loss)
         if step % gan.discriminator_steps == 0:
             code = synthetic_condition(gan.generator_batch)
-            loss, score = _generator_step(generator, generator_optimizer, private.module, fakes(code), code)
+            loss, score = _generator_step(generator, generator_optimizer, private, fakes(code), code)
             generator_loss, fake_score, generator_steps = generator_loss + loss, fake_score + score, generator_steps + 1
     after = detached(generator.state_dict())
     count = max(generator_steps, 1)
@@ -132,19 +134,18 @@ def train_gan(
 def _generator_step(
     generator: nn.Module,
     optimizer: torch.optim.Optimizer,
-    discriminator: GradSampleModule,
+    private: PrivateModel,
     images: Tensor,
     code: Tensor,
 ) -> tuple[float, float]:
     """Non-saturating generator step; returns its loss and the discriminator's mean logit on the fakes."""
-    discriminator.disable_hooks()
-    logits = discriminator._module(images, code)
-    loss = softplus(-logits).mean()
-    parameters = list(generator.parameters())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-        parameter.grad = gradient
+    with private.public() as discriminator:
+        logits = discriminator(images, code)
+        loss = softplus(-logits).mean()
+        parameters = list(generator.parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
     optimizer.step()
-    discriminator.enable_hooks()
     return float(loss.detach()), float(logits.detach().mean())
 
 

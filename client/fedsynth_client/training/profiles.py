@@ -1,8 +1,8 @@
 """Private training of the two networks over expression profiles: autoencoder and radiogenomic DNN.
 
-Both are small, so a block draws, clips and noises whole patients with Opacus' per-sample gradients and Adam. Adam's
-moments start anew in every block: they are functions of noisy gradients and could be kept, but averaging over sites
-moves the weights away from where they were gathered.
+A block draws, clips and noises whole patients and steps with Adam. Adam's moments start anew in every block: they are
+functions of noisy gradients and could be kept, but averaging over sites moves the weights away from where they were
+gathered.
 """
 
 from __future__ import annotations
@@ -97,7 +97,11 @@ def _train(
     )
     for _ in range(mechanism.steps):
         drawn = poisson_draw(patients, mechanism.sample_rate, randomness)
-        private_step(private, len(drawn), partial(losses, drawn))
+        private_step(private, len(drawn), partial(_at, losses, drawn))
         after_step()
     after = detached(model.state_dict())
     return BlockResult(after, {"update_norm": update_norm(weights, after)}, {})
+
+
+def _at(losses: PatientLosses, drawn: Tensor, module: nn.Module, positions: Tensor) -> Tensor:
+    return losses(drawn[positions], module)
