@@ -152,7 +152,8 @@ def concatenate(parts: Sequence[Patients]) -> Patients:
 
 
 def at_size(patients: Patients, size: int) -> Patients:
-    """The same field of view with `size` pixels: block means of images, and of masks the whole tumour by majority.
+    """The same field of view with `size` pixels: block means of images; of masks the tumour by majority, and of a
+    tumour's parts the one with the highest code, so that a thin enhancing ring stays.
 
     Raises:
         ValueError: the patients' matrix is not a multiple of `size`.
@@ -164,10 +165,11 @@ def at_size(patients: Patients, size: int) -> Patients:
     if factor == 1:
         return patients
     blocks = patients.images.reshape(*patients.images.shape[:-2], size, factor, size, factor)
-    tumour = (patients.masks > 0).reshape(*patients.masks.shape[:-2], size, factor, size, factor)
+    codes = patients.masks.reshape(*patients.masks.shape[:-2], size, factor, size, factor)
+    tumour = (codes > 0).mean(axis=(-3, -1)) >= 0.5
     return Patients(
         blocks.mean(axis=(-3, -1), dtype=np.float32).astype(np.float16),
-        (tumour.mean(axis=(-3, -1)) >= 0.5).astype(np.uint8),
+        np.where(tumour, codes.max(axis=(-3, -1)), 0).astype(np.uint8),
         patients.genes,
         patients.morphology,
         patients.labels,

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Literal
 
 from fedsynth.plan import GenePlan, ImagePlan, StudyPlan, WarmStart
+from fedsynth.recommend import PublicStarts
 from fedsynth_simulations.plans import simulated_genes, study_plan
 
 Size = Literal[32, 64]
@@ -21,7 +22,7 @@ def benchmark_plan(
         sites,
         genes=_genes(),
         epsilon=epsilon,
-        warm_start=warm_start,
+        starts=PublicStarts(gan=warm_start),
     )
     return plan.model_copy(update={"image": ImagePlan(size=size, pixel_spacing_mm=192.0 / size)})
 

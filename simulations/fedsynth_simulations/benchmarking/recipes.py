@@ -1,0 +1,301 @@
+"""Recipes of private training, run on prepared patients in one process with the functions of client and server.
+
+What is left out against a study: messages, ledger, checkpoints (tests show that the federation computes the same). The
+randomness is seeded, so that a run can be repeated: *not private*, which simulated patients do not mind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedsynth.budget import noise_multipliers
+from fedsynth.dp.accounting import Mechanism, epsilon
+from fedsynth.dp.randomness import SeededRandomness
+from fedsynth.engines import embedding, moments
+from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.plan import EmbeddingPlan, Module, MomentsPlan, PublicWeights, StudyPlan, WarmStart
+from fedsynth.profiles import profile_model
+from fedsynth.records import PROFILES, PUBLIC, State, state_digest
+from fedsynth.synthesis import SyntheticProfiles
+from fedsynth_client.training.adversarial import ImagePatients, train_gan
+from fedsynth_client.training.statistic import release_statistic
+from fedsynth_server.aggregation import moving_average, site_weights, summed, weighted_average
+from fedsynth_server.fitting.embedding import fit_generator
+from fedsynth_server.fitting.moments import fit_moments
+
+Recipe = Literal["public", "scratch", "warm", "embedding", "hybrid"]
+RECIPES: tuple[Recipe, ...] = ("public", "scratch", "warm", "embedding", "hybrid")
+Conditions = Literal["moments", "public"]
+
+_POOL = 2048
+_NO_NOISE = 1e-3  # of a clip, once or in a few steps: nothing beside any estimate's own error
+_NO_LIMIT = 1e4  # stands for an infinite epsilon where a plan wants a number; its noise is not used
+_UNKNOWN = PublicWeights(sha256="0" * 64, provenance="not there: conditions come from the public cohort")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the budget is split: weights of `fedsynth.dp.accounting.allocate`."""
+
+    profiles: float = 0.3
+    embedding: float = 0.7
+    gan: float = 0.7
+    hybrid_embedding: float = 0.5
+    hybrid_gan: float = 0.2
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Lengths of the adversarial parts, in rounds of 20 private steps at each site."""
+
+    scratch: int = 20
+    warm: int = 3
+    hybrid: int = 3
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """A site's training patients as the engines take them.
+
+    Attributes:
+        patients: for the adversarial engine.
+        moments: (N, D) rows of the moments, or None where conditions are public.
+        embedding: (N, E) rows of the embedding, or None where no recipe needs them.
+    """
+
+    patients: ImagePatients
+    moments: Tensor | None
+    embedding: Tensor | None
+
+    def first(self, n: int) -> SiteRows:
+        """The first `n` patients."""
+        p = self.patients
+        return SiteRows(
+            ImagePatients(p.slices[:n], p.morphology[:n], p.labels[:n]),
+            None if self.moments is None else self.moments[:n],
+            None if self.embedding is None else self.embedding[:n],
+        )
+
+
+def pooled(sites: Mapping[str, SiteRows]) -> SiteRows:
+    """All sites' patients as if they were one site's."""
+    rows = list(sites.values())
+    moments_rows = [site.moments for site in rows if site.moments is not None]
+    embedding_rows = [site.embedding for site in rows if site.embedding is not None]
+    return SiteRows(
+        ImagePatients(
+            torch.cat([site.patients.slices for site in rows]),
+            torch.cat([site.patients.morphology for site in rows]),
+            torch.cat([site.patients.labels for site in rows]),
+        ),
+        torch.cat(moments_rows) if moments_rows else None,
+        torch.cat(embedding_rows) if embedding_rows else None,
+    )
+
+
+def recipe_plan(
+    base: StudyPlan,
+    recipe: Recipe,
+    target_epsilon: float,
+    weights: Mapping[str, State],
+    start: WarmStart,
+    shares: Shares,
+    steps: Steps,
+) -> StudyPlan:
+    """The plan of a study that follows `recipe`.
+
+    Args:
+        base: grid, panel, features and sites.
+        recipe: which modules make images; conditions always come from `moments` (or are public at the same charge).
+        target_epsilon: of all modules together; may be infinite.
+        weights: public weights by name, of which the statistics' digests go into the plan.
+        start: public weights of generator and discriminator.
+        shares: of the budget.
+        steps: of the adversarial parts.
+    """
+    rounds = {"public": 0, "scratch": steps.scratch, "warm": steps.warm, "embedding": 0, "hybrid": steps.hybrid}[recipe]
+    hybrid = recipe == "hybrid"
+    gan = base.gan.model_copy(
+        update={
+            "rounds": rounds,
+            "warm_start": None if recipe == "scratch" else start,
+            "budget_share": shares.hybrid_gan if hybrid else shares.gan,
+            # From random weights the generator has to move; from public ones it must not run away (`recommend`).
+            "generator_learning_rate": 2e-4 if recipe == "scratch" else 2e-5,
+        }
+    )
+    images = EmbeddingPlan(
+        budget_share=shares.hybrid_embedding if hybrid else shares.embedding,
+        public=_public(weights, "embedding"),
+    )
+    changed = base.model_copy(
+        update={
+            "privacy": base.privacy.model_copy(update={"epsilon": min(target_epsilon, _NO_LIMIT)}),
+            "moments": MomentsPlan(budget_share=shares.profiles, public=_public(weights, "moments")),
+            "autoencoder": base.autoencoder.model_copy(update={"rounds": 0, "warm_start": None}),
+            "radiogenomics": base.radiogenomics.model_copy(update={"rounds": 0}),
+            "embedding": images if recipe in ("embedding", "hybrid") else None,
+            "gan": gan,
+        }
+    )
+    return StudyPlan.model_validate(changed.model_dump())
+
+
+def _public(weights: Mapping[str, State], module: Module) -> PublicWeights:
+    state = weights.get(PUBLIC[module])
+    return _UNKNOWN if state is None else PublicWeights(sha256=state_digest(state), provenance="of the benchmark")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a recipe ends with.
+
+    Attributes:
+        generator: weights.
+        conditions: pool of synthetic conditions that it was trained under and is drawn with.
+        report: plain numbers: what fits report, noise multipliers, epsilon spent.
+    """
+
+    generator: State
+    conditions: SyntheticProfiles
+    report: dict[str, float]
+
+
+def run_recipe(
+    plan: StudyPlan,
+    sites: Mapping[str, SiteRows],
+    weights: Mapping[str, State],
+    public_conditions: SyntheticProfiles,
+    conditions: Conditions,
+    *,
+    noise: bool,
+    seed: int,
+) -> Outcome:
+    """Run the modules of `plan` on the sites' patients.
+
+    Args:
+        plan: of `recipe_plan`; it names the sites.
+        sites: their training patients.
+        weights: public weights by name: generator, discriminator and what the statistics need.
+        public_conditions: pool of public conditions.
+        conditions: where conditions come from; public ones are charged as if they were private, so that images of both
+            have the same noise.
+        noise: False runs without any (an infinite epsilon); clipping stays.
+        seed: of every draw and of the noise.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    randomness = {name: SeededRandomness(1000 * seed + i) for i, name in enumerate(sorted(sites))}
+    history = _mechanisms(plan, sites, noise)
+    report = _spent(plan, history, noise)
+    pool = public_conditions
+    if conditions == "moments":
+        totals = {
+            name: release_statistic(_needed(rows.moments), history[name]["moments"], 1.0, randomness[name]).weights
+            for name, rows in sites.items()
+        }
+        declared = sum(plan.site(name).nominal_patients for name in sites)
+        noise_sd = _noise_sd(history, "moments")
+        state, fit = fit_moments(plan, weights[PUBLIC["moments"]], summed(totals)["total"], noise_sd, declared)
+        report |= {f"moments_{key}": value for key, value in fit.items()}
+        pool = profile_model(plan, {PROFILES: state}).draw(_POOL, draws)
+    generator, critic = _start(plan, weights, draws)
+    if plan.embedding is not None:
+        totals = {
+            name: release_statistic(_needed(rows.embedding), history[name]["embedding"], 1.0, randomness[name]).weights
+            for name, rows in sites.items()
+        }
+        generator, fit = fit_generator(
+            plan,
+            generator,
+            weights[PUBLIC["embedding"]],
+            summed(totals)["total"],
+            _noise_sd(history, "embedding"),
+            pool,
+            draws,
+        )
+        report |= {f"embedding_{key}": value for key, value in fit.items()}
+    if plan.gan.rounds:
+        generator = _adversarial(plan, generator, critic, sites, history, randomness, pool)
+    return Outcome(generator, pool, report)
+
+
+def _mechanisms(plan: StudyPlan, sites: Mapping[str, SiteRows], noise: bool) -> dict[str, dict[Module, Mechanism]]:
+    """Each site's mechanisms over the whole study."""
+    found: dict[str, dict[Module, Mechanism]] = {}
+    for name in sites:
+        multipliers = noise_multipliers(plan, name) if noise else dict.fromkeys(plan.modules, _NO_NOISE)
+        found[name] = {
+            module: Mechanism(plan.sample_rate(module, name), multipliers[module], plan.training(module).steps)
+            for module in plan.modules
+        }
+    return found
+
+
+def _spent(plan: StudyPlan, history: Mapping[str, Mapping[Module, Mechanism]], noise: bool) -> dict[str, float]:
+    if not history:
+        return {}
+    one = history[min(history)]
+    report = {f"sigma_{module}": mechanism.noise_multiplier for module, mechanism in one.items()}
+    if noise:
+        report["epsilon_spent"] = max(epsilon(list(each.values()), plan.privacy.delta) for each in history.values())
+    return report
+
+
+def _noise_sd(history: Mapping[str, Mapping[Module, Mechanism]], module: Module) -> float:
+    return math.sqrt(sum(site[module].noise_multiplier ** 2 for site in history.values()))
+
+
+def _needed(rows: Tensor | None) -> Tensor:
+    if rows is None:
+        raise ValueError("the recipe needs rows of a statistic that were not computed")
+    return rows
+
+
+def _start(plan: StudyPlan, weights: Mapping[str, State], draws: torch.Generator) -> tuple[State, State]:
+    if plan.gan.warm_start is not None:
+        return weights["generator"], weights["discriminator"]
+    generator, discriminator = make_generator(plan), make_discriminator(plan)
+    initialise(generator, draws)
+    initialise(discriminator, draws)
+    return generator.state_dict(), discriminator.state_dict()
+
+
+def _adversarial(
+    plan: StudyPlan,
+    start: State,
+    critic: State,
+    sites: Mapping[str, SiteRows],
+    history: Mapping[str, Mapping[Module, Mechanism]],
+    randomness: Mapping[str, SeededRandomness],
+    pool: SyntheticProfiles,
+) -> State:
+    """Rounds of local blocks and averaging; returns the moving average of the generator."""
+    shared = average = start
+    local = {name: {f"model/{key}": tensor for key, tensor in critic.items()} for name in sites}
+    for _ in range(plan.gan.rounds):
+        replies: dict[str, State] = {}
+        for name, rows in sites.items():
+            whole = history[name]["gan"]
+            block = Mechanism(whole.sample_rate, whole.noise_multiplier, plan.gan.steps_per_round)
+            result = train_gan(plan, shared, local[name], pool, rows.patients, block, randomness[name])
+            replies[name], local[name] = result.weights, result.local
+        shared = weighted_average(replies, site_weights(plan, sorted(replies)))
+        average = moving_average(average, shared, plan.gan.ema_decay)
+    return average
+
+
+def embedding_rows(plan: StudyPlan, weights: Mapping[str, State], patients: ImagePatients) -> Tensor:
+    """(N, E) rows of the embedding."""
+    public = weights[PUBLIC["embedding"]]
+    return embedding.rows(plan, public, patients.slices, patients.morphology, patients.labels)
+
+
+def moments_rows(plan: StudyPlan, weights: Mapping[str, State], genes: Tensor, patients: ImagePatients) -> Tensor:
+    """(N, D) rows of the moments."""
+    return moments.rows(plan, weights[PUBLIC["moments"]], genes, patients.morphology, patients.labels)
