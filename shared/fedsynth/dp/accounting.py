@@ -30,7 +30,9 @@ Accountant = Literal["rdp", "prv"]
 Floats = NDArray[np.float64]
 
 # Any order gives an upper bound. Tenths matter where epsilon is large, orders above Opacus' 63 where it is small.
-_FRACTIONAL_ORDERS: Floats = np.asarray([tenth / 10 for tenth in range(11, 60) if tenth % 10])
+_FRACTIONAL_ORDERS: Floats = np.asarray(
+    [*(tenth / 10 for tenth in range(11, 60) if tenth % 10), *(6.5, 7.5, 8.5, 9.5, 10.5)]
+)
 _WHOLE_ORDERS = (*range(2, 64), 64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)
 _ORDERS: Floats = np.concatenate([_FRACTIONAL_ORDERS, np.asarray(_WHOLE_ORDERS, dtype=np.float64)])
 _LEAST_NOISE_OF_FRACTIONAL_ORDERS = 0.2
@@ -38,11 +40,11 @@ _LEAST_NOISE_OF_FRACTIONAL_ORDERS = 0.2
 _LARGEST_NOISE = 1e4
 _LEAST_NOISE = 1e-3
 
-# Opacus' PRV grid holds exp(loss), which overflows at 709, and sums probabilities in double precision. Half a gigabyte
-# holds the points.
+# Opacus' PRV grid holds exp(loss), which overflows at 709, and sums probabilities in double precision. A grid of so
+# many points takes about 0.7 GB at the peak.
 _PRV_LARGEST_EPSILON = 300.0
 _PRV_LEAST_DELTA = 1e-10
-_PRV_POINTS = 2**22
+_PRV_POINTS = 2**21
 
 
 @dataclass(frozen=True)
