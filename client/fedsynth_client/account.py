@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from fedsynth.dp.accounting import Mechanism, epsilon
+from fedsynth.dp.accounting import Accountant, Mechanism, epsilon
+from fedsynth.errors import FedsynthError
 from fedsynth_client.ledger import Entry
 from fedsynth_client.site import Site
 
@@ -24,12 +25,16 @@ class Spending(BaseModel):
 
 
 class Account(BaseModel):
-    """The whole ledger of a site. `epsilon` composes all spendings at `delta`; it is less than the sum of its parts."""
+    """The whole ledger of a site. `epsilon` composes all spendings at `delta`; it is less than the sum of its parts.
+
+    `accountant` is that of the study charged last: as `epsilon` was judged then, so it reads here.
+    """
 
     site: str
     spendings: list[Spending]
     epsilon: float
     delta: float
+    accountant: Accountant
     max_epsilon: float
     left: float
     entries: int
@@ -48,14 +53,17 @@ def account(site: Site) -> Account:
     charges = [entry for entry in entries if entry.kind == "charge"]
     groups = list(dict.fromkeys((entry.body["study"], entry.body["module"]) for entry in charges))
     delta = policy.max_delta or 1e-5
-    spent = epsilon(ledger.history(), delta)
+    by = _accountant(site, charges[-1].body["study"]) if charges else "rdp"
+    spent = epsilon(ledger.history(), delta, by)
     return Account(
         site=policy.site,
         spendings=[
-            _spending([e for e in charges if (e.body["study"], e.body["module"]) == group], delta) for group in groups
+            _spending([e for e in charges if (e.body["study"], e.body["module"]) == group], delta, by)
+            for group in groups
         ],
         epsilon=spent,
         delta=delta,
+        accountant=by,
         max_epsilon=policy.max_epsilon,
         left=max(policy.max_epsilon - spent, 0.0),
         entries=len(entries),
@@ -64,7 +72,17 @@ def account(site: Site) -> Account:
     )
 
 
-def _spending(charges: list[Entry], delta: float) -> Spending:
+def _accountant(site: Site, study: str) -> Accountant:
+    """The accountant of the approved plan of digest `study`."""
+    try:
+        return site.plan(study).privacy.accountant
+    except FedsynthError:
+        # The ledger outlives plans: one that was taken away or can no longer be read must not hide what was spent, and
+        # RDP bounds it whatever the plan said.
+        return "rdp"
+
+
+def _spending(charges: list[Entry], delta: float, by: Accountant) -> Spending:
     body = charges[0].body
     history = [Mechanism(c.body["sample_rate"], c.body["noise_multiplier"], c.body["steps"]) for c in charges]
     return Spending(
@@ -76,7 +94,7 @@ def _spending(charges: list[Entry], delta: float) -> Spending:
         noise_multiplier=body["noise_multiplier"],
         max_grad_norm=body["max_grad_norm"],
         private=all(c.body["private"] for c in charges),
-        epsilon_alone=epsilon(history, delta),
+        epsilon_alone=epsilon(history, delta, by),
     )
 
 
@@ -87,7 +105,7 @@ def render(current: Account) -> None:
     from rich.table import Table
 
     console = Console()
-    title = f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g})"
+    title = f"Privacy ledger of site {current.site} (unit: patient, delta {current.delta:g}, {current.accountant})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("study", "module", "steps", "q", "sigma", "clip", "eps", "private"):
         table.add_column(name, justify="left" if name in ("study", "module") else "right", no_wrap=name == "module")

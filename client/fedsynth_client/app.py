@@ -47,6 +47,14 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     def query_site(message: Message, context: Context) -> Message:
         return Message(_guarded("site", lambda: folder_of(context), _name), reply_to=message)
 
+    @app.train("moments")
+    def release_moments(message: Message, context: Context) -> Message:
+        return handle("moments", message, context)
+
+    @app.train("embedding")
+    def release_embedding(message: Message, context: Context) -> Message:
+        return handle("embedding", message, context)
+
     @app.train("autoencoder")
     def train_autoencoder(message: Message, context: Context) -> Message:
         return handle("autoencoder", message, context)

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 
 from fedsynth.errors import UsageError
 from fedsynth.morphology import normalise
+from fedsynth.plan import Module
 
 Split = Literal["train", "holdout"]
 
@@ -70,6 +71,16 @@ class Cohort:
     def has_genes(self) -> NDArray[np.bool_]:
         """(N,) whether the expression profile is usable."""
         return np.array([entry.has_genes for entry in self.entries], dtype=bool)
+
+    def usable_for(self, module: Module) -> NDArray[np.bool_]:
+        """(N,) whether a patient has what `module` needs."""
+        return {
+            "moments": self.has_genes | self.has_images,
+            "autoencoder": self.has_genes,
+            "radiogenomics": self.has_genes & self.has_images,
+            "embedding": self.has_images,
+            "gan": self.has_images,
+        }[module]
 
     def rows(self, keep: NDArray[np.bool_]) -> Cohort:
         """The patients for whom `keep` (N,) is true."""

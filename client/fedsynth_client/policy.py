@@ -28,7 +28,7 @@ class SitePolicy(Section):
         max_delta: largest delta of a plan.
         min_patients: smallest number of training patients with which a module may train.
         declared_patients: the cohort size that the hospital makes public (rounded); plans must use this figure.
-        modules: modules that may train, and whose weights may leave.
+        modules: modules that may use the cohort, and whose noisy results may leave.
         allow_reproducible_noise: whether a seeded run, which is not private, may touch this cohort.
     """
 
@@ -109,7 +109,7 @@ def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
 
 
 def check_module(policy: SitePolicy, module: Module) -> None:
-    """Refuse a module that may not train here, and whose stored weights may not be sent either.
+    """Refuse a module that may not use the cohort, and whose stored results may not be sent either.
 
     Raises:
         Refused: ``module_not_allowed``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fedsynth.budget import mechanism
 from fedsynth.dp.accounting import epsilon
 from fedsynth.errors import FedsynthError, Refused
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import StudyPlan
 from fedsynth_client.cohort import load_cohort
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.policy import check_module, check_patients, check_plan
@@ -73,12 +73,8 @@ def _cohort(site: Site, plan: StudyPlan) -> str:
     policy = site.policy()
     site.check_cohort(plan)
     cohort = load_cohort(site.cohort_path, plan.morphology.features).split("train")
-    found = {
-        "autoencoder": int(cohort.has_genes.sum()),
-        "radiogenomics": int((cohort.has_genes & cohort.has_images).sum()),
-        "gan": int(cohort.has_images.sum()),
-    }
-    for module in MODULES:
+    found = {module: int(cohort.usable_for(module).sum()) for module in plan.modules}
+    for module in plan.modules:
         check_module(policy, module)
         check_patients(policy, module, found[module])
     return "cohort: training patients " + ", ".join(f"{module} {count}" for module, count in found.items())
@@ -89,7 +85,7 @@ def _budget(site: Site, plan: StudyPlan) -> str:
     already = {(e.body["module"], e.body["round"]) for e in ledger.entries() if _is_charge(e.kind, e.body, plan)}
     ahead = [
         mechanism(plan, policy.site, module)
-        for module in MODULES
+        for module in plan.modules
         for number in range(1, plan.training(module).rounds + 1)
         if (module, number) not in already
     ]

@@ -13,12 +13,15 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedsynth.budget import mechanism
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedsynth.engines import embedding, moments
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Module, StatisticPlan, StudyPlan
+from fedsynth.profiles import profile_model, profile_template
 from fedsynth.records import (
+    PUBLIC,
     WEIGHTS,
     State,
     check_reply,
@@ -28,7 +31,6 @@ from fedsynth.records import (
     state_digest,
     to_record,
 )
-from fedsynth.synthesis import draw_profiles
 from fedsynth_client.cohort import Cohort, load_cohort
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
@@ -37,6 +39,7 @@ from fedsynth_client.site import Site
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
 from fedsynth_client.training.block import BlockResult, public_generator
 from fedsynth_client.training.profiles import train_autoencoder, train_radiogenomics
+from fedsynth_client.training.statistic import release_statistic
 
 _POOL = 1024  # synthetic conditions drawn for one block of the generator
 
@@ -57,7 +60,7 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
     task = _task(content, module)
     plan = site.plan(task.study)
     check_plan(policy, plan)
-    if not 1 <= task.round <= plan.training(module).rounds:
+    if module not in plan.modules or not 1 <= task.round <= plan.training(module).rounds:
         raise Refused("round_not_in_plan", f"The plan has no round {task.round} of {module}.")
     check_module(policy, module)
     with site.alone():
@@ -126,17 +129,25 @@ def _train(
 ) -> BlockResult:
     genes = torch.from_numpy(cohort.genes)
     morphology, labels = torch.from_numpy(cohort.morphology), torch.from_numpy(cohort.labels)
+    if module == "moments" or module == "embedding":
+        section = plan.training(module)
+        rows = _rows(plan, module, incoming[PUBLIC[module]], cohort)
+        return release_statistic(rows, block, section.max_grad_norm, randomness)
     if module == "autoencoder":
         return train_autoencoder(plan, incoming["autoencoder"], genes, block, randomness)
     if module == "radiogenomics":
         return train_radiogenomics(plan, incoming["radiogenomics"], genes, morphology, labels, block, randomness)
-    autoencoder, dnn = make_autoencoder(plan), make_radiogenomic_dnn(plan)
-    autoencoder.load_state_dict(incoming["autoencoder"])
-    dnn.load_state_dict(incoming["radiogenomics"])
-    generator = public_generator(randomness)
-    profiles = draw_profiles(autoencoder, dnn, _POOL, generator, plan.genes.clip, plan.morphology.reference_sd)
+    profiles = profile_model(plan, incoming).draw(_POOL, public_generator(randomness))
     patients = ImagePatients(image_slices(cohort), morphology, labels)
     return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)
+
+
+def _rows(plan: StudyPlan, module: Module, public: State, cohort: Cohort) -> torch.Tensor:
+    """(N, D) rows of a statistic, one a patient."""
+    morphology, labels = torch.from_numpy(cohort.morphology), torch.from_numpy(cohort.labels)
+    if module == "moments":
+        return moments.rows(plan, public, torch.from_numpy(cohort.genes), morphology, labels)
+    return embedding.rows(plan, public, image_slices(cohort), morphology, labels)
 
 
 def image_slices(cohort: Cohort) -> torch.Tensor:
@@ -149,12 +160,7 @@ def image_slices(cohort: Cohort) -> torch.Tensor:
 def _training_patients(site: Site, plan: StudyPlan, module: Module) -> Cohort:
     """Patients of the training split that have what `module` needs."""
     cohort = _cohort(site.cohort_path, site.cohort_version(), tuple(plan.morphology.features))
-    needs = {
-        "autoencoder": cohort.has_genes,
-        "radiogenomics": cohort.has_genes & cohort.has_images,
-        "gan": cohort.has_images,
-    }
-    return cohort.rows(needs[module])
+    return cohort.rows(cohort.usable_for(module))
 
 
 @lru_cache(maxsize=4)
@@ -177,13 +183,28 @@ def _task(content: RecordDict, module: Module) -> Task:
 
 
 def _incoming(plan: StudyPlan, task: Task, content: RecordDict) -> dict[str, State]:
-    expected = {
-        "autoencoder": lambda: make_autoencoder(plan).state_dict(),
-        "radiogenomics": lambda: make_radiogenomic_dnn(plan).state_dict(),
-        "generator": lambda: make_generator(plan).state_dict(),
-    }
-    names = {WEIGHTS[task.module]} | ({"autoencoder", "radiogenomics"} if task.module == "gan" else set())
-    return {name: from_record(content, name, expected[name]()) for name in names}
+    """The weights that a task of the module carries, the discriminator's start excepted."""
+    module = task.module
+    if module in PUBLIC:
+        return {PUBLIC[module]: _public(plan, module, content)}
+    expected = _expected(plan, module)
+    return {name: from_record(content, name, state) for name, state in expected.items()}
+
+
+def _expected(plan: StudyPlan, module: Module) -> dict[str, State]:
+    if module == "gan":
+        return {WEIGHTS["gan"]: make_generator(plan).state_dict(), **profile_template(plan)}
+    model = make_autoencoder(plan) if module == "autoencoder" else make_radiogenomic_dnn(plan)
+    return {WEIGHTS[module]: model.state_dict()}
+
+
+def _public(plan: StudyPlan, module: Module, content: RecordDict) -> State:
+    """The public weights that a statistic's rows are computed with: those whose digest the approved plan names."""
+    template = moments.public_template(plan) if module == "moments" else embedding.public_template(plan)
+    state, section = from_record(content, PUBLIC[module], template), plan.training(module)
+    if isinstance(section, StatisticPlan) and state_digest(state) != section.public.sha256:
+        raise Refused("public_weights_differ", f"The public weights of {module} are not those the approved plan names.")
+    return state
 
 
 def _discriminator_start(plan: StudyPlan, content: RecordDict) -> State:

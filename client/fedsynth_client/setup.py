@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.errors import UsageError
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import StudyPlan
 from fedsynth_client.policy import SitePolicy
 from fedsynth_client.site import Site
 
@@ -30,7 +30,8 @@ max_delta = 0.0
 # Fewest training patients with which a module may train.
 min_patients = 100
 
-# Modules that may train here, and whose weights may leave: "autoencoder", "radiogenomics", "gan".
+# Modules that may use this cohort, and whose noisy results may leave: "moments" and "embedding" (a noisy sum, released
+# once), "autoencoder", "radiogenomics" and "gan" (weights, trained in noisy steps).
 modules = []
 
 # A seeded run is reproducible and therefore not private.
@@ -65,11 +66,12 @@ def plan_summary(plan: StudyPlan, site: str) -> str:
         f"Epsilon {planned_epsilon(plan, site):.3f} of {plan.privacy.epsilon:g} per patient at delta {plan.privacy.delta:g} "
         f"(accountant {plan.privacy.accountant})",
     ]
-    for module in MODULES:
+    for module in plan.modules:
         training = plan.training(module)
         lines.append(
-            f"  {module}: {training.steps} steps, sample rate {plan.sample_rate(module, site):.3f}, "
-            f"clip {training.max_grad_norm:g}, noise multiplier {sigma[module]:g}"
+            f"  {module}: {'released once' if training.steps == 1 else f'{training.steps} steps'}, "
+            f"sample rate {plan.sample_rate(module, site):.3f}, clip {training.max_grad_norm:g}, "
+            f"noise multiplier {sigma[module]:g}"
         )
     if plan.privacy.reproducible_seed is not None:
         lines.append("NOT PRIVATE: the plan fixes the noise seed.")

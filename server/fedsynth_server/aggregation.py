@@ -27,6 +27,18 @@ def weighted_average(states: Mapping[str, State], weights: Mapping[str, float]) 
     }
 
 
+def summed(states: Mapping[str, State]) -> State:
+    """The sum over the sites' statistics; in float64, in the order of the sites' names.
+
+    Sums of disjoint patients add up to the sum over all of them, and the variances of the sites' noise add up, too.
+    """
+    sites = sorted(states)
+    return {
+        name: sum(states[site][name].double() for site in sites).to(reference.dtype)  # type: ignore[union-attr]
+        for name, reference in states[sites[0]].items()
+    }
+
+
 def moving_average(average: State, new: State, decay: float) -> State:
     """``decay * average + (1 - decay) * new``: the exponential moving average of the generator over rounds."""
     return {name: decay * average[name] + (1 - decay) * new[name] for name in new}

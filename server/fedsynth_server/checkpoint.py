@@ -15,8 +15,8 @@ from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import MODULES, Module, StudyPlan
-from fedsynth.records import State, state_digest
+from fedsynth.plan import MODULES, Module, StatisticPlan, StudyPlan
+from fedsynth.records import PUBLIC, State, state_digest
 
 FILE = "checkpoint.safetensors"
 
@@ -41,10 +41,12 @@ class StudyState:
 
     Attributes:
         study: the plan's digest.
-        weights: state dicts by name: autoencoder, radiogenomics, generator, generator_ema, discriminator (the public start).
+        weights: state dicts by name: the modules' weights or noisy sums, what the server made of them (profiles,
+            generator_ema), and the public weights that are sent along.
         rounds: completed rounds by module.
         curves: one row a site and round, by module.
         receipts: by site, then module.
+        fits: what the server's fit to a statistic reports, by module; a statistic without an entry is not fitted yet.
     """
 
     study: str
@@ -52,6 +54,13 @@ class StudyState:
     rounds: dict[Module, int] = field(default_factory=lambda: dict.fromkeys(MODULES, 0))
     curves: dict[Module, list[CurveRow]] = field(default_factory=lambda: {module: [] for module in MODULES})
     receipts: dict[str, dict[Module, Receipt]] = field(default_factory=dict)
+    fits: dict[Module, dict[str, float]] = field(default_factory=dict)
+
+    def missing_rounds(self, plan: StudyPlan) -> dict[Module, int]:
+        """Rounds of `plan` that are still to be run, by module; a statistic counts until it is fitted."""
+        missing = {module: plan.training(module).rounds - self.rounds[module] for module in plan.modules}
+        unfitted = {module: 1 for module in plan.modules if module in PUBLIC and module not in self.fits}
+        return {module: count for module, count in {**missing, **unfitted}.items() if count > 0}
 
     def curves_by_name(self) -> dict[str, list[CurveRow]]:
         """The curves under plain names, as a release takes them."""
@@ -68,11 +77,17 @@ def save_state(state: StudyState, folder: Path) -> None:
     Raises:
         JobFailed: ``disk_full``.
     """
-    tensors = {f"{name}/{key}": t.clone() for name, weights in state.weights.items() for key, t in weights.items()}
+    packed = torch.contiguous_format
+    tensors = {
+        f"{n}/{k}": t.clone(memory_format=packed)
+        for n, state_dict in state.weights.items()
+        for k, t in state_dict.items()
+    }
     rest = {
         "study": state.study,
         "rounds": state.rounds,
         "curves": state.curves,
+        "fits": state.fits,
         "receipts": {s: {m: vars(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
     }
     content = save(tensors, {"state": json.dumps(rest, sort_keys=True)})
@@ -119,7 +134,7 @@ def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:
             "Use another folder for another plan.",
         )
     receipts = {s: {m: Receipt(**r) for m, r in by_module.items()} for s, by_module in rest["receipts"].items()}
-    return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts)
+    return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts, rest["fits"])
 
 
 def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudyState:
@@ -140,22 +155,11 @@ def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudySt
     draws = torch.Generator().manual_seed(seed)
     initialise(generator, draws)
     initialise(discriminator, draws)
-    start: dict[str, State] = {
-        "autoencoder": autoencoder,
-        "generator": generator.state_dict(),
-        "discriminator": discriminator.state_dict(),
-    }
+    start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    if plan.profile_engine == "networks":
+        start |= {"autoencoder": autoencoder, "radiogenomics": dnn}
     start |= _public_start(plan, warm_start)
-    return StudyState(
-        plan.digest,
-        {
-            "autoencoder": start["autoencoder"],
-            "radiogenomics": dnn,
-            "generator": start["generator"],
-            "generator_ema": start["generator"],
-            "discriminator": start["discriminator"],
-        },
-    )
+    return StudyState(plan.digest, {**start, "generator_ema": start["generator"]})
 
 
 def _public_start(plan: StudyPlan, warm_start: dict[str, State] | None) -> dict[str, State]:
@@ -164,14 +168,18 @@ def _public_start(plan: StudyPlan, warm_start: dict[str, State] | None) -> dict[
     if plan.gan.warm_start is not None:
         named["generator"] = plan.gan.warm_start.generator_sha256
         named["discriminator"] = plan.gan.warm_start.discriminator_sha256
-    if plan.autoencoder.warm_start is not None:
+    if plan.autoencoder.warm_start is not None and "autoencoder" in plan.modules:
         named["autoencoder"] = plan.autoencoder.warm_start.sha256
+    statistics: dict[Module, StatisticPlan | None] = {"moments": plan.moments, "embedding": plan.embedding}
+    for module, section in statistics.items():
+        if section is not None:
+            named[PUBLIC[module]] = section.public.sha256
     if not named:
         if warm_start is not None:
-            raise UsageError("warm_start_not_in_plan", "Weights were given, but the plan names no warm start.")
+            raise UsageError("warm_start_not_in_plan", "Weights were given, but the plan names none.")
         return {}
     if warm_start is None or not set(named) <= set(warm_start):
-        raise UsageError("warm_start_missing", "The plan names a warm start, but no such weights were given.")
+        raise UsageError("warm_start_missing", "The plan names public weights, but no such weights were given.")
     if any(state_digest(warm_start[name]) != digest for name, digest in named.items()):
         raise UsageError("warm_start_differs", "The weights given are not those whose digests the plan names.")
     return {name: warm_start[name] for name in named}

@@ -6,8 +6,9 @@ forecast is the ratio of the two over the whole run,
 
     noise_to_signal = sigma sqrt(d) / (B sqrt(T K)),
 
-for T steps at K sites. It is a comparison of plans, not a prediction of quality: below about 1 the mean direction of the
-updates comes through, far above nothing does.
+for T steps at K sites. A statistic that is released once is one step whose batch is every patient. It is a comparison
+of plans, not a prediction of quality: below about 1 the mean direction of the updates comes through, far above nothing
+does.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.engines import embedding, moments
 from fedsynth.models.dcgan import make_discriminator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.plan import Module, StatisticPlan, StudyPlan, TrainingPlan
 
 HARD, HOPELESS = 1.0, 3.0
 
@@ -59,9 +61,9 @@ class Forecast:
 
 def forecast(plan: StudyPlan) -> Forecast:
     """Compute what `plan` costs and what its noise leaves to learn."""
-    modules = [_module(plan, site.name, module) for site in plan.sites for module in MODULES]
+    modules = [_module(plan, site.name, module) for site in plan.sites for module in plan.modules]
     advice = []
-    for module in MODULES:
+    for module in plan.modules:
         worst = max((m for m in modules if m.module == module), key=lambda m: m.noise_to_signal)
         if worst.noise_to_signal > HARD:
             advice.append(_advice(plan, worst))
@@ -75,7 +77,11 @@ def forecast(plan: StudyPlan) -> Forecast:
 
 
 def parameters(plan: StudyPlan, module: Module) -> int:
-    """Number of parameters that receive noise."""
+    """Number of parameters, or of coordinates of a statistic, that receive noise."""
+    if module == "moments":
+        return moments.row_size(plan)
+    if module == "embedding":
+        return embedding.row_size(plan)
     model: nn.Module
     if module == "autoencoder":
         model = make_autoencoder(plan)
@@ -87,25 +93,29 @@ def parameters(plan: StudyPlan, module: Module) -> int:
 
 
 def _module(plan: StudyPlan, site: str, module: Module) -> ModuleForecast:
-    training = plan.training(module)
     sigma = noise_multipliers(plan, site)[module]
     return ModuleForecast(
         site=site,
         module=module,
         sample_rate=plan.sample_rate(module, site),
         noise_multiplier=sigma,
-        steps=training.steps,
+        steps=plan.training(module).steps,
         epsilon_alone=planned_epsilon(plan, site, module),
-        noise_to_batch=sigma / training.expected_batch,
-        noise_to_signal=_noise_to_signal(plan, module, sigma),
+        noise_to_batch=sigma / _batch(plan, site, module),
+        noise_to_signal=_noise_to_signal(plan, site, module, sigma),
     )
 
 
-def _noise_to_signal(plan: StudyPlan, module: Module, sigma: float) -> float:
+def _batch(plan: StudyPlan, site: str, module: Module) -> int:
     training = plan.training(module)
+    return plan.site(site).nominal_patients if isinstance(training, StatisticPlan) else training.expected_batch
+
+
+def _noise_to_signal(plan: StudyPlan, site: str, module: Module, sigma: float) -> float:
     # Discriminators are local and meet only through the generator; the other modules are averaged every round.
     sites = 1 if module == "gan" else len(plan.sites)
-    return sigma * math.sqrt(parameters(plan, module)) / (training.expected_batch * math.sqrt(training.steps * sites))
+    steps = plan.training(module).steps
+    return sigma * math.sqrt(parameters(plan, module)) / (_batch(plan, site, module) * math.sqrt(steps * sites))
 
 
 def _advice(plan: StudyPlan, worst: ModuleForecast) -> str:
@@ -125,26 +135,24 @@ def _advice(plan: StudyPlan, worst: ModuleForecast) -> str:
 def _levers(plan: StudyPlan, module: Module) -> dict[str, StudyPlan]:
     """Plans in which one thing is doubled or halved."""
     training = plan.training(module)
-
-    def with_training(**update: object) -> StudyPlan:
-        return plan.model_copy(update={module: training.model_copy(update=update)})
-
-    largest = min(site.nominal_patients for site in plan.sites)
     bigger = [site.model_copy(update={"nominal_patients": 2 * site.nominal_patients}) for site in plan.sites]
+    twice = plan.model_copy(update={"sites": bigger})
     levers = {
         "twice the epsilon": plan.model_copy(
             update={"privacy": plan.privacy.model_copy(update={"epsilon": 2 * plan.privacy.epsilon})}
         ),
-        "twice the patients a site": plan.model_copy(
-            update={
-                "sites": bigger,
-                module: training.model_copy(update={"expected_batch": 2 * training.expected_batch}),
-            }
-        ),
-        "twice the steps": with_training(rounds=2 * training.rounds),
+        "twice the patients a site": twice,
     }
-    if 2 * training.expected_batch <= largest:
-        levers["twice the batch"] = with_training(expected_batch=2 * training.expected_batch)
+    if isinstance(training, TrainingPlan):
+
+        def with_training(**update: object) -> dict[str, object]:
+            return {module: training.model_copy(update=update)}
+
+        batch = 2 * training.expected_batch
+        levers["twice the patients a site"] = twice.model_copy(update=with_training(expected_batch=batch))
+        levers["twice the steps"] = plan.model_copy(update=with_training(rounds=2 * training.rounds))
+        if batch <= min(site.nominal_patients for site in plan.sites):
+            levers["twice the batch"] = plan.model_copy(update=with_training(expected_batch=batch))
     if module != "gan":
         more = [site.model_copy(update={"name": f"{site.name[:58]}-2"}) for site in plan.sites]
         levers["twice the sites"] = plan.model_copy(update={"sites": [*plan.sites, *more]})
@@ -152,4 +160,4 @@ def _levers(plan: StudyPlan, module: Module) -> dict[str, StudyPlan]:
 
 
 def _what_if(plan: StudyPlan, worst: ModuleForecast) -> float:
-    return _noise_to_signal(plan, worst.module, noise_multipliers(plan, worst.site)[worst.module])
+    return _noise_to_signal(plan, worst.site, worst.module, noise_multipliers(plan, worst.site)[worst.module])

@@ -11,8 +11,8 @@ from scipy.stats import norm
 
 from fedsynth.errors import UsageError
 from fedsynth.plan import AggregationPlan, GenePlan, PrivacyPlan, SitePlan, StudyPlan
-from fedsynth.recommend import recommended_modules
-from fedsynth_server.warm_start import load_warm_start
+from fedsynth.recommend import PublicStarts, recommend
+from fedsynth_server.warm_start import load_warm_start, public_starts
 
 _QUANTILE_POINTS = 201
 _LARGEST_SCORE = 3.0
@@ -45,9 +45,9 @@ def new_plan(
     """
     table = _panel(panel)
     declared = [_site(text) for text in sites]
-    start = load_warm_start(warm_start)[1] if warm_start else None
+    starts = public_starts(*load_warm_start(warm_start)) if warm_start else PublicStarts()
     try:
-        autoencoder, radiogenomics, gan = recommended_modules(min(s.nominal_patients for s in declared), start)
+        recommended = recommend([s.nominal_patients for s in declared], starts)
         return StudyPlan(
             name=name,
             purpose=purpose,
@@ -61,9 +61,7 @@ def new_plan(
                 }
             ),
             privacy=PrivacyPlan(epsilon=epsilon, delta=delta),
-            autoencoder=autoencoder,
-            radiogenomics=radiogenomics,
-            gan=gan,
+            **vars(recommended),
             aggregation=AggregationPlan(min_sites=math.ceil(len(declared) / 2)),
             sites=declared,
         )

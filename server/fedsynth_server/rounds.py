@@ -1,4 +1,4 @@
-"""The round loop: autoencoder, then radiogenomic DNN, then GAN; one checkpoint a round.
+"""The round loop over the plan's modules; one checkpoint a round, and one after each fit to a statistic.
 
 Flower's ready-made strategies start at round 1 and wait for everybody; here a killed coordinator goes on where its last
 checkpoint stands, slow or refusing sites are left out of a round, and weights of the average are public constants.
@@ -19,11 +19,22 @@ from flwr.serverapp import Grid
 from fedsynth.errors import FedsynthError, JobFailed
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
-from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth.progress import say
-from fedsynth.records import MESSAGE_TYPES, WEIGHTS, State, check_reply, from_record, task_record, to_record
-from fedsynth_server.aggregation import moving_average, site_weights, weighted_average
+from fedsynth.records import (
+    MESSAGE_TYPES,
+    PUBLIC,
+    WEIGHTS,
+    State,
+    check_reply,
+    from_record,
+    task_record,
+    task_weights,
+    to_record,
+)
+from fedsynth_server.aggregation import moving_average, site_weights, summed, weighted_average
 from fedsynth_server.checkpoint import CurveRow, Receipt, StudyState, first_state, load_state, save_state
+from fedsynth_server.fitting.fit import fit_statistic, statistic_template
 
 _POLL_SECONDS = 0.5
 _HELLO_TIMEOUT_SECONDS = 120.0
@@ -50,7 +61,7 @@ def run_study(grid: Grid, plan: StudyPlan, folder: Path, warm_start: dict[str, S
         state = first_state(plan, warm_start)
         save_state(state, folder)
     nodes = find_sites(grid, plan)
-    for module in MODULES:
+    for module in plan.modules:
         rounds = plan.training(module).rounds
         for number in range(state.rounds[module] + 1, rounds + 1):
             if module == "radiogenomics" and number == 1 and plan.radiogenomics.start_from_encoder:
@@ -60,6 +71,9 @@ def run_study(grid: Grid, plan: StudyPlan, folder: Path, warm_start: dict[str, S
             save_state(state, folder)
             sites = [row for row in state.curves[module] if row["round"] == number]
             say(f"{module} round {number}/{rounds}: {len(sites)} sites, {time.monotonic() - started:.1f} s")
+        if module in PUBLIC and module not in state.fits:
+            state = fit_statistic(plan, state, module)
+            save_state(state, folder)
     return state
 
 
@@ -99,7 +113,7 @@ def _round(
     answers = _exchange(grid, messages, timeout)
     accepted: dict[str, SiteReply] = {}
     missing: dict[str, str] = {site.name: "no_answer" for site in plan.sites}
-    expected = state.weights[WEIGHTS[module]]
+    expected = statistic_template(plan, module) if module in PUBLIC else state.weights[WEIGHTS[module]]
     order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
     for node, reply in answers.items():
         try:
@@ -124,10 +138,7 @@ def _round(
 
 def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: int) -> RecordDict:
     content = RecordDict({"task": task_record(plan.digest, module, number)})
-    names = [WEIGHTS[module]]
-    if module == "gan":
-        names += ["autoencoder", "radiogenomics", "discriminator"]
-    for name in names:
+    for name in task_weights(plan, module):
         content[name] = to_record(state.weights[name])
     return content
 
@@ -183,11 +194,11 @@ def _aggregate(
     plan: StudyPlan, state: StudyState, module: Module, number: int, replies: dict[str, SiteReply]
 ) -> StudyState:
     sites = sorted(replies)
-    name = WEIGHTS[module]
-    average = weighted_average({site: replies[site].weights for site in sites}, site_weights(plan, sites))
-    weights = {**state.weights, name: average}
+    received = {site: replies[site].weights for site in sites}
+    result = summed(received) if module in PUBLIC else weighted_average(received, site_weights(plan, sites))
+    weights = {**state.weights, WEIGHTS[module]: result}
     if module == "gan":
-        weights["generator_ema"] = moving_average(state.weights["generator_ema"], average, plan.gan.ema_decay)
+        weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, plan.gan.ema_decay)
     rows: list[CurveRow] = [{"round": number, "site": site, **replies[site].progress} for site in sites]
     receipts = {**state.receipts}
     for site in sites:

@@ -1,4 +1,4 @@
-"""Public weights that generator, discriminator and autoencoder may start from, with their provenance."""
+"""Public weights that a study starts from or describes patients with, in one file with their provenance."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import save
 from fedsynth.errors import UsageError
 from fedsynth.files import write_atomic
 from fedsynth.plan import PublicWeights, WarmStart
-from fedsynth.records import State, state_digest
+from fedsynth.recommend import PublicStarts
+from fedsynth.records import PUBLIC, State, state_digest
 
 
 def save_warm_start(path: Path, weights: dict[str, State], provenance: dict[str, str]) -> None:
@@ -20,8 +21,8 @@ def save_warm_start(path: Path, weights: dict[str, State], provenance: dict[str,
 
     Args:
         path: the file.
-        weights: ``generator``, ``discriminator`` and, if there is one, ``autoencoder``. They are stored as float16: half the
-            size, and a plan's digests are of what is read.
+        weights: ``generator``, ``discriminator`` and, where there are any, ``autoencoder``, ``moments_public`` and
+            ``embedding_public``. They are stored as float16: half the size, and a plan's digests are of what is read.
         provenance: how they were made and from what public data.
     """
     tensors = {f"{name}/{key}": tensor.half() for name, state in weights.items() for key, tensor in state.items()}
@@ -56,8 +57,12 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
     return weights, start
 
 
-def autoencoder_start(weights: dict[str, State], start: WarmStart) -> PublicWeights | None:
-    """What a plan says of the autoencoder in a warm start; None when it holds none."""
-    if "autoencoder" not in weights:
-        return None
-    return PublicWeights(sha256=state_digest(weights["autoencoder"]), provenance=start.provenance)
+def public_starts(weights: dict[str, State], start: WarmStart) -> PublicStarts:
+    """What a plan can say of all the weights that `load_warm_start` read."""
+
+    def named(name: str) -> PublicWeights | None:
+        if name not in weights:
+            return None
+        return PublicWeights(sha256=state_digest(weights[name]), provenance=start.provenance)
+
+    return PublicStarts(start, named("autoencoder"), named(PUBLIC["moments"]), named(PUBLIC["embedding"]))

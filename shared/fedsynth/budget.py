@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 from fedsynth.dp.accounting import Demand, Mechanism, allocate, epsilon
-from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 
 
 def noise_multipliers(plan: StudyPlan, site: str) -> dict[Module, float]:
     """Noise multipliers with which all modules of `plan` together meet its epsilon at `site`."""
     demands = tuple(
         (module, plan.sample_rate(module, site), plan.training(module).steps, plan.training(module).budget_share)
-        for module in MODULES
+        for module in plan.modules
     )
     return dict(_allocate(demands, plan.privacy.epsilon, plan.privacy.delta, plan.privacy.accountant))
 
@@ -37,6 +37,6 @@ def mechanism(plan: StudyPlan, site: str, module: Module, *, steps: int | None =
 
 def planned_epsilon(plan: StudyPlan, site: str, module: Module | None = None) -> float:
     """Epsilon that all steps of one module, or of all modules composed, cost at `site`."""
-    chosen = MODULES if module is None else (module,)
+    chosen = plan.modules if module is None else (module,)
     history = [mechanism(plan, site, each, steps=plan.training(each).steps) for each in chosen]
     return epsilon(history, plan.privacy.delta, plan.privacy.accountant)

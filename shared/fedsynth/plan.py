@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,8 +18,11 @@ from fedsynth.errors import UsageError
 from fedsynth.morphology import FEATURES
 from fedsynth.toml import load_toml
 
-Module = Literal["autoencoder", "radiogenomics", "gan"]
-MODULES: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
+# What a site computes privately, in the order in which a study runs it. `moments` and `embedding` are statistics that a
+# site releases once; the others train in many private steps.
+Module = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan"]
+MODULES: tuple[Module, ...] = ("moments", "autoencoder", "radiogenomics", "embedding", "gan")
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -117,13 +120,27 @@ class PrivacyPlan(Section):
 
     `reproducible_seed` replaces the cryptographic noise source by a seeded one. Such a run is *not private*: it is marked
     so in the ledger, the report and the release, and a site's policy refuses it by default.
+
+    With `noise` ``"local"`` each site adds the whole noise to what it sends. ``"distributed"`` would let each site add a
+    share of it, which protects nobody from a server that sees single messages; it is refused until sums are aggregated
+    securely (`fedsynth.dp.composition` computes both epsilons).
     """
 
     unit: Literal["patient"] = "patient"
     epsilon: Positive
     delta: Annotated[float, Field(gt=0, lt=1e-2)] = 1e-5
     accountant: Literal["rdp", "prv"] = "rdp"
+    noise: Literal["local", "distributed"] = "local"
     reproducible_seed: int | None = None
+
+    @model_validator(mode="after")
+    def _noise_is_local(self) -> Self:
+        if self.noise == "distributed":
+            raise ValueError(
+                "privacy.noise = 'distributed' needs secure aggregation, which this version does not have: the server "
+                "would see every site's sum with only a share of the noise. Use 'local'."
+            )
+        return self
 
 
 class TrainingPlan(Section):
@@ -132,10 +149,10 @@ class TrainingPlan(Section):
     A step draws each patient with probability ``expected_batch / nominal_patients`` (Poisson sampling), clips each drawn
     patient's gradient to `max_grad_norm` and divides the noisy sum by `expected_batch`, a public constant.
     `budget_share` weighs this module against the others; whatever the shares add up to, all modules together spend the
-    plan's whole epsilon (`fedsynth.budget`).
+    plan's whole epsilon (`fedsynth.budget`). With 0 rounds the module takes no part and spends nothing.
     """
 
-    rounds: Count
+    rounds: Annotated[int, Field(ge=0)]
     steps_per_round: Count
     expected_batch: Count
     max_grad_norm: Positive
@@ -153,6 +170,36 @@ class PublicWeights(Section):
 
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     provenance: str = Field(min_length=10)
+
+
+class StatisticPlan(Section):
+    """A statistic that each site releases once: the sum of one row a patient, of norm at most 1, plus Gaussian noise.
+
+    `public` binds the public weights that a row is computed with (`fedsynth.engines`).
+    """
+
+    budget_share: Annotated[float, Field(gt=0, le=1)]
+    public: PublicWeights
+    # What a training section lets the plan choose is fixed here: one release, of all patients, of rows of norm 1.
+    rounds: ClassVar[int] = 1
+    steps_per_round: ClassVar[int] = 1
+    steps: ClassVar[int] = 1
+    max_grad_norm: ClassVar[float] = 1.0
+
+
+class MomentsPlan(StatisticPlan):
+    """First and second moments of genes (in `components` public directions), morphology and label."""
+
+    components: Count = 16
+
+
+class EmbeddingPlan(StatisticPlan):
+    """Mean embedding of the images in public features, and how the server fits the generator to it."""
+
+    dimensions: Count = 64
+    fit_steps: Count = 300
+    fit_batch: Count = 64
+    fit_learning_rate: Positive = 1e-4
 
 
 class AutoencoderPlan(TrainingPlan):
@@ -186,7 +233,10 @@ class WarmStart(Section):
 
 class GanPlan(TrainingPlan):
     """Conditional DCGAN. Each private step trains the local discriminator once; every `discriminator_steps` of them are
-    followed by one generator step, which sees private data only through the discriminator."""
+    followed by one generator step, which sees private data only through the discriminator.
+
+    With 0 rounds the generator is the public one, or that one fitted to the embedding.
+    """
 
     latent_dim: Count = 64
     generator_width: Count = 32
@@ -225,8 +275,10 @@ class StudyPlan(Section):
     label: LabelPlan = LabelPlan()
     morphology: MorphologyPlan = MorphologyPlan()
     privacy: PrivacyPlan
+    moments: MomentsPlan | None = None
     autoencoder: AutoencoderPlan
     radiogenomics: RadiogenomicsPlan
+    embedding: EmbeddingPlan | None = None
     gan: GanPlan
     aggregation: AggregationPlan = AggregationPlan()
     sites: list[SitePlan] = Field(min_length=1)
@@ -238,21 +290,62 @@ class StudyPlan(Section):
             raise ValueError("sites: a name is used twice")
         if self.aggregation.min_sites > len(names):
             raise ValueError("aggregation.min_sites is larger than the number of sites")
-        shares = sum(self.training(module).budget_share for module in MODULES)
+        self._engines_are_complete()
+        shares = sum(self.training(module).budget_share for module in self.modules)
         if shares > 1 + 1e-9:
             raise ValueError(f"the modules' budget_share add up to {shares:.3f}; at most 1 can be spent")
         for site in self.sites:
-            for module in MODULES:
-                if self.training(module).expected_batch > site.nominal_patients:
+            for module in self.modules:
+                training = self.training(module)
+                if isinstance(training, TrainingPlan) and training.expected_batch > site.nominal_patients:
                     raise ValueError(
                         f"{module}.expected_batch is larger than nominal_patients of site {site.name!r}: "
                         "no patient can be drawn with a probability above 1"
                     )
         return self
 
-    def training(self, module: Module) -> TrainingPlan:
-        """The training section of `module`."""
-        return {"autoencoder": self.autoencoder, "radiogenomics": self.radiogenomics, "gan": self.gan}[module]
+    def _engines_are_complete(self) -> None:
+        networks = self.autoencoder.rounds > 0 and self.radiogenomics.rounds > 0
+        if self.moments is None and not networks:
+            raise ValueError(
+                "nothing makes profiles: neither moments, nor rounds of both autoencoder and radiogenomics"
+            )
+        if self.moments is not None and (self.autoencoder.rounds or self.radiogenomics.rounds):
+            raise ValueError(
+                "profiles come from moments or from autoencoder and radiogenomics: one has to have 0 rounds"
+            )
+        if self.embedding is None and self.gan.rounds == 0 and self.gan.warm_start is None:
+            raise ValueError("nothing makes images: no embedding, no round of the gan, no public generator")
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The modules that take part, in the order in which they run."""
+        return tuple(module for module in MODULES if self._section(module) is not None and self.training(module).rounds)
+
+    @property
+    def profile_engine(self) -> Literal["moments", "networks"]:
+        """What genes, morphology and label of synthetic patients come from."""
+        return "networks" if self.moments is None else "moments"
+
+    def _section(self, module: Module) -> TrainingPlan | StatisticPlan | None:
+        return {
+            "moments": self.moments,
+            "autoencoder": self.autoencoder,
+            "radiogenomics": self.radiogenomics,
+            "embedding": self.embedding,
+            "gan": self.gan,
+        }[module]
+
+    def training(self, module: Module) -> TrainingPlan | StatisticPlan:
+        """The section of `module`.
+
+        Raises:
+            ValueError: the plan has none.
+        """
+        section = self._section(module)
+        if section is None:
+            raise ValueError(f"the plan has no section {module}")
+        return section
 
     def site(self, name: str) -> SitePlan:
         """The site called `name`.
@@ -266,8 +359,11 @@ class StudyPlan(Section):
         raise UsageError("site_not_in_plan", f"The plan {self.name!r} does not name a site {name!r}.")
 
     def sample_rate(self, module: Module, site: str) -> float:
-        """Probability with which one step of `module` draws a patient of `site`."""
-        return self.training(module).expected_batch / self.site(site).nominal_patients
+        """Probability with which one step of `module` draws a patient of `site`; 1 for a statistic, which takes all."""
+        training = self.training(module)
+        if isinstance(training, StatisticPlan):
+            return 1.0
+        return training.expected_batch / self.site(site).nominal_patients
 
     @property
     def digest(self) -> str:

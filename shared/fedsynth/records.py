@@ -1,8 +1,8 @@
 """What travels between coordinator and site: a closed list of message types and records, checked on both sides.
 
-A message to a site carries a task (plan digest, module, round) and model weights. A reply carries the module's weights,
-a progress record of quantities that are post-processing of noisy states, and a receipt of the ledger; or a refusal
-code. Nothing else is defined, so nothing else can leave.
+A message to a site carries a task (plan digest, module, round) and model weights. A reply carries the module's weights
+(of a statistic: its noisy sum), a progress record of quantities that are post-processing of noisy states, and a receipt
+of the ledger; or a refusal code. Nothing else is defined, so nothing else can leave.
 """
 
 from __future__ import annotations
@@ -19,15 +19,27 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedsynth.errors import JobFailed
-from fedsynth.plan import MODULES, Module
+from fedsynth.plan import MODULES, Module, StudyPlan
 
 State = dict[str, Tensor]
 
 MESSAGE_TYPES: dict[Module, str] = {module: f"train.{module}" for module in MODULES}
 # The record that holds a module's weights, in a task and in its reply.
-WEIGHTS: dict[Module, str] = {"autoencoder": "autoencoder", "radiogenomics": "radiogenomics", "gan": "generator"}
+WEIGHTS: dict[Module, str] = {
+    "moments": "moments",
+    "autoencoder": "autoencoder",
+    "radiogenomics": "radiogenomics",
+    "embedding": "embedding",
+    "gan": "generator",
+}
+# The record with the public weights that a statistic's rows are computed with.
+PUBLIC: dict[Module, str] = {"moments": "moments_public", "embedding": "embedding_public"}
+# The model that the server fits to the noisy moments.
+PROFILES = "profiles"
 # Progress quantities a reply may carry; each is computed from noisy states and synthetic data only.
 PROGRESS: dict[Module, frozenset[str]] = {
+    "moments": frozenset(),
+    "embedding": frozenset(),
     "autoencoder": frozenset({"update_norm"}),
     "radiogenomics": frozenset({"update_norm"}),
     "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
@@ -105,6 +117,20 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 def _numpy_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def task_weights(plan: StudyPlan, module: Module) -> tuple[str, ...]:
+    """Names of the records of weights that a task of `module` carries."""
+    if module in PUBLIC:
+        return (PUBLIC[module],)
+    if module != "gan":
+        return (WEIGHTS[module],)
+    return (WEIGHTS["gan"], "discriminator", *profile_weights(plan))
+
+
+def profile_weights(plan: StudyPlan) -> tuple[str, ...]:
+    """Names of the weights that synthetic profiles are drawn from."""
+    return (PROFILES,) if plan.profile_engine == "moments" else ("autoencoder", "radiogenomics")
 
 
 def task_record(study: str, module: Module, round_number: int) -> ConfigRecord:

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from fedsynth.plan import Module
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -14,11 +16,13 @@ class _Value(BaseModel):
 class Mechanism(_Value):
     """A module's sampled Gaussian mechanism at one site: Poisson sampling at `sample_rate`, `steps` times.
 
+    A statistic that is released once takes every patient: `sample_rate` 1, one step, `max_grad_norm` of a patient's row.
+
     `steps` counts what was charged to the ledger, `steps_planned` what the plan foresaw; `epsilon_alone` is the epsilon
     of this module by itself (modules compose to less than the sum of these).
     """
 
-    module: Literal["autoencoder", "radiogenomics", "gan"]
+    module: Module
     sample_rate: float
     noise_multiplier: float
     max_grad_norm: float

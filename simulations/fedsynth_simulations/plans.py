@@ -11,12 +11,10 @@ from fedsynth.plan import (
     LabelPlan,
     MorphologyPlan,
     PrivacyPlan,
-    PublicWeights,
     SitePlan,
     StudyPlan,
-    WarmStart,
 )
-from fedsynth.recommend import recommended_modules
+from fedsynth.recommend import PublicStarts, recommend
 from fedsynth_simulations.cohort.expression import public_expression_reference, reference_quantiles
 from fedsynth_simulations.cohort.panel import load_panel
 
@@ -68,8 +66,7 @@ def study_plan(
     *,
     genes: GenePlan,
     epsilon: float,
-    warm_start: WarmStart | None,
-    autoencoder_start: PublicWeights | None = None,
+    starts: PublicStarts,
     reproducible_seed: int | None = None,
 ) -> StudyPlan:
     """A plan for sites of a few dozen to a few hundred patients.
@@ -80,17 +77,14 @@ def study_plan(
         sites: site name -> declared (public, rounded) number of training patients.
         genes: panel and references.
         epsilon: budget of a patient, all modules together.
-        warm_start: public weights for the GAN; None starts from random weights.
-        autoencoder_start: public weights for the autoencoder; likewise.
+        starts: the public weights at hand, which decide the engines; without any all networks start from random ones.
         reproducible_seed: makes the run reproducible and *not private*.
 
     Raises:
         UsageError: ``site_too_small``: a site declares fewer than five patients.
     """
-    smallest = min(sites.values())
-    if smallest < 5:
+    if min(sites.values()) < 5:
         raise UsageError("site_too_small", "A site needs at least five training patients to take part.")
-    autoencoder, radiogenomics, gan = recommended_modules(smallest, warm_start, autoencoder_start)
     return StudyPlan(
         name=name,
         purpose=purpose,
@@ -98,9 +92,7 @@ def study_plan(
         morphology=MorphologyPlan(features=list(_PUBLIC_SD), reference_sd=list(_PUBLIC_SD.values())),
         label=LabelPlan(name="grade", classes=["low", "high"]),
         privacy=PrivacyPlan(epsilon=epsilon, delta=1e-5, reproducible_seed=reproducible_seed),
-        autoencoder=autoencoder,
-        radiogenomics=radiogenomics,
-        gan=gan,
+        **vars(recommend(list(sites.values()), starts)),
         aggregation=AggregationPlan(min_sites=min(2, len(sites))),
         sites=[SitePlan(name=site, nominal_patients=count) for site, count in sites.items()],
     )

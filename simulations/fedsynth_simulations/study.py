@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -22,16 +22,20 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from fedsynth.engines.moments import sizes
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.evaluation import Evaluation
 from fedsynth.files import read_json, write_json
 from fedsynth.metrics.domain_extractor import train_extractor
 from fedsynth.models.dcgan import make_generator
 from fedsynth.models.gene_autoencoder import generate_expression, make_autoencoder
-from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.models.linear_gaussian import LinearGaussianProfiles, public_prior
 from fedsynth.morphology import normalise
-from fedsynth.plan import MODULES, StudyPlan, load_plan, save_plan
+from fedsynth.plan import StudyPlan, load_plan, save_plan
+from fedsynth.profiles import profile_model
 from fedsynth.progress import say
+from fedsynth.recommend import PublicStarts
+from fedsynth.records import PUBLIC
 from fedsynth.synthesis import SyntheticProfiles, draw_patients
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_client.app import app as client_app
@@ -50,7 +54,7 @@ from fedsynth_server.release.preview import Example, ReferenceExamples
 from fedsynth_server.release.verify import verify
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
-from fedsynth_server.warm_start import autoencoder_start, load_warm_start
+from fedsynth_server.warm_start import load_warm_start, public_starts
 from fedsynth_simulations.cohort.public import PublicCohort, public_cohort
 from fedsynth_simulations.evaluate import concatenate, evaluate
 from fedsynth_simulations.evaluation.extractor import extractor_task
@@ -197,12 +201,13 @@ def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
         return load_plan(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     real = bool(settings.site_folders)
-    start = genes_start = None
+    starts = PublicStarts()
     if settings.warm_start:
         file = packaged_warm_start() if settings.warm_start == PACKAGED else Path(settings.warm_start)
-        weights, start = load_warm_start(file)
-        # Real genes do not move together as simulated ones do, so only a simulation starts from a simulated autoencoder.
-        genes_start = None if real else autoencoder_start(weights, start)
+        starts = public_starts(*load_warm_start(file))
+        if real:
+            # Real genes do not move together as simulated ones do, so what was learnt from simulated genes stays away.
+            starts = replace(starts, autoencoder=None, moments=None)
         shutil.copyfile(file, path.parent / "warm-start.safetensors")
     plan = study_plan(
         "research-sites" if real else "simulated-sites",
@@ -210,8 +215,7 @@ def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
         {name: _declared(each, settings) for name, each in sources.items()},
         genes=zscore_genes() if real else simulated_genes(),
         epsilon=settings.epsilon,
-        warm_start=start,
-        autoencoder_start=genes_start,
+        starts=starts,
         reproducible_seed=settings.reproducible_seed,
     )
     draft = path.with_suffix(".part")
@@ -243,7 +247,7 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
             max_delta=plan.privacy.delta,
             min_patients=max(declared // 2, 5),
             declared_patients=declared,
-            modules=list(MODULES),
+            modules=list(plan.modules),
             allow_reproducible_noise=plan.privacy.reproducible_seed is not None,
         )
         save_policy(policy, site.policy_path)
@@ -258,7 +262,7 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
 def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap, backend: Backend) -> StudyState:
     folder = out / "study"
     state = load_state(folder, plan)
-    if state is None or any(state.rounds[module] < plan.training(module).rounds for module in MODULES):
+    if state is None or state.missing_rounds(plan):
         folders = [out / "sites" / name for name in names]
         if backend == "ray":
             run_over_ray(folder, folders)
@@ -288,13 +292,10 @@ def _evaluation(
     public = public_cohort(plan, _PUBLIC_PATIENTS, np.random.default_rng([settings.seed, 2]))
     images, targets = extractor_task(public)
     extractor = train_extractor(images, targets, generator, f"{_PUBLIC_PATIENTS} public simulated patients")
-    dnn = make_radiogenomic_dnn(plan)
-    dnn.load_state_dict(state.weights["radiogenomics"])
-    dnn.eval()
+    model = profile_model(plan, state.weights)
 
     def predict(genes: NDArray[np.float32]) -> NDArray[np.floating]:
-        with torch.no_grad():
-            return np.asarray(dnn(torch.from_numpy(genes))[0].numpy())
+        return np.asarray(model.predict(torch.from_numpy(genes))[0].numpy())
 
     evaluation = evaluate(
         plan,
@@ -316,8 +317,9 @@ def _public_only(
 ) -> list[SyntheticPatient] | None:
     """What the public weights make without any private data: the floor that private training has to beat.
 
-    Morphology and labels are those of the public cohort; genes come from the public autoencoder or, without one, are
-    independent standard normal values, the plan's public reference. Nothing links the two, since no public data do.
+    Morphology and labels are those of the public cohort; genes come from the public weights of the plan's profile engine
+    or, without any, are independent standard normal values, the plan's public reference. Nothing links the two, since no
+    public data do.
     """
     path = out / "study" / "warm-start.safetensors"
     if not path.is_file():
@@ -326,7 +328,10 @@ def _public_only(
     model = make_generator(plan)
     model.load_state_dict(weights["generator"])
     rows = torch.randint(len(public.labels), (count,), generator=generator)
-    if plan.autoencoder.warm_start is not None:
+    if plan.profile_engine == "moments":
+        prior = public_prior(sizes(plan), weights[PUBLIC["moments"]])
+        genes = LinearGaussianProfiles(prior, plan.genes.clip).draw(count, generator).genes
+    elif plan.autoencoder.warm_start is not None:
         autoencoder = make_autoencoder(plan)
         autoencoder.load_state_dict(weights["autoencoder"])
         genes = generate_expression(autoencoder.eval(), count, generator, plan.genes.clip)

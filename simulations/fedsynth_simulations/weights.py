@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fedsynth import __version__
+from fedsynth.recommend import PublicStarts
 from fedsynth_server.warm_start import save_warm_start
 from fedsynth_simulations.cohort.expression import public_profiles
 from fedsynth_simulations.cohort.public import public_cohort
@@ -34,7 +35,7 @@ def make_warm_start(out: Path, patients: int, steps: int, seed: int) -> None:
         {"public": patients},
         genes=simulated_genes(),
         epsilon=1.0,
-        warm_start=None,
+        starts=PublicStarts(),
     )
     public = public_cohort(plan, patients, np.random.default_rng(seed))
     cohort = public_patients(plan, public.images, public.masks, public.morphology, public.labels)

@@ -9,7 +9,7 @@ import pytest
 
 from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.errors import FedsynthError, Refused, UsageError
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.account import account, render
 from fedsynth_client.ledger import Limit, Task
 from fedsynth_client.outbox import Outbox
@@ -46,7 +46,7 @@ def test_a_policy_that_only_names_the_site_allows_nothing(tiny_plan: StudyPlan) 
     with pytest.raises(Refused) as refused:
         check_plan(approved, tiny_plan)
     assert refused.value.code == "epsilon_above_policy"
-    for module in MODULES:
+    for module in TRAINED:
         with pytest.raises(Refused) as refused:
             check_module(silent, module)
         assert refused.value.code == "module_not_allowed"
@@ -101,7 +101,7 @@ def test_a_person_reads_what_a_plan_asks_before_approving(tiny_plan: StudyPlan) 
     text = plan_summary(tiny_plan, "a")
     assert tiny_plan.digest in text
     assert f"{planned_epsilon(tiny_plan, 'a'):.3f} of 10 per patient" in text
-    for module in MODULES:
+    for module in TRAINED:
         assert f"noise multiplier {mechanism(tiny_plan, 'a', module).noise_multiplier:g}" in text
     seeded = tiny_plan.model_copy(update={"privacy": tiny_plan.privacy.model_copy(update={"reproducible_seed": 1})})
     assert "NOT PRIVATE" in plan_summary(seeded, "a") and "NOT PRIVATE" not in text
@@ -163,13 +163,13 @@ def test_a_full_outbox_without_its_ledger_is_seen(tiny_site: Site, tiny_plan: St
 def test_the_account_adds_up(tiny_site: Site, tiny_plan: StudyPlan, capsys: pytest.CaptureFixture[str]) -> None:
     empty = account(tiny_site)
     assert (empty.epsilon, empty.left, empty.spendings) == (0.0, 10.0, [])
-    for module in MODULES:
+    for module in TRAINED:
         spend(tiny_site, tiny_plan, module, 2)
     full = account(tiny_site)
     assert full.epsilon == pytest.approx(planned_epsilon(tiny_plan, "a"))
     assert full.left == pytest.approx(10.0 - full.epsilon)
     assert full.head == tiny_site.ledger().head
-    assert [(s.module, s.rounds, s.steps) for s in full.spendings] == [(m, 2, 6) for m in MODULES]
+    assert [(s.module, s.rounds, s.steps) for s in full.spendings] == [(m, 2, 6) for m in TRAINED]
     assert max(s.epsilon_alone for s in full.spendings) < full.epsilon < sum(s.epsilon_alone for s in full.spendings)
     render(full)
     printed = capsys.readouterr().out

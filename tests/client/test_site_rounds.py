@@ -25,7 +25,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from fedsynth.budget import mechanism
 from fedsynth.errors import FedsynthError, JobFailed
-from fedsynth.plan import MODULES, Module, StudyPlan, WarmStart
+from fedsynth.plan import MODULES, TRAINED, Module, StudyPlan, WarmStart
 from fedsynth.records import WEIGHTS, State, from_record, state_digest, task_record, to_record
 from fedsynth_client import rounds
 from fedsynth_client.app import app as client_app
@@ -69,7 +69,7 @@ def no_training(*_: Any) -> BlockResult:
 # --- what a released task is ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_asked_twice_a_site_sends_the_same_bytes_and_charges_once(
     tiny_site: Site, tiny_plan: StudyPlan, ask: Ask, task_content: Content, module: Module
 ) -> None:

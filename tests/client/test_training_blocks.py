@@ -15,7 +15,7 @@ from fedsynth.models.condition import condition
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.plan import TRAINED, Module, StudyPlan
 from fedsynth.records import PROGRESS, State
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
@@ -142,7 +142,7 @@ def finite(state: State) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_a_block_returns_new_weights_and_the_closed_list_of_progress(module: Module) -> None:
     study = plan()
     before, result = start(module, study), block(module, study, randomness=SystemRandomness())
@@ -158,7 +158,7 @@ def test_a_block_returns_new_weights_and_the_closed_list_of_progress(module: Mod
     assert same(start(module, study), before)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_a_seeded_block_repeats_itself_whatever_the_global_stream_says(module: Module) -> None:
     torch.manual_seed(1)
     first = block(module, plan())
@@ -170,7 +170,7 @@ def test_a_seeded_block_repeats_itself_whatever_the_global_stream_says(module: M
     assert not same(first.weights, other.weights)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_patients_of_whom_little_is_known_leave_everything_finite(module: Module) -> None:
     for unknown in (slice(0, 3), slice(0, 8)):
         result = block(module, plan(), unknown=unknown)
@@ -179,7 +179,7 @@ def test_patients_of_whom_little_is_known_leave_everything_finite(module: Module
         assert all(abs(value) < float("inf") for value in result.progress.values())
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_a_block_that_draws_nobody_still_takes_noisy_steps(module: Module) -> None:
     rare = Mechanism(1e-9, SIGMA, 2)
     study = plan()
@@ -211,7 +211,7 @@ class Recording(SeededRandomness):
         return super().normal(shape, std)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", TRAINED)
 def test_every_step_adds_the_charged_noise_to_every_private_parameter(module: Module) -> None:
     study, randomness = plan(), Recording()
     block(module, study, randomness=randomness)

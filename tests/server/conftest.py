@@ -13,7 +13,7 @@ import pytest
 from fedsynth.dp.accounting import Mechanism as Charged
 from fedsynth.dp.accounting import epsilon
 from fedsynth.plan import (
-    MODULES,
+    TRAINED,
     AutoencoderPlan,
     GanPlan,
     GenePlan,
@@ -60,7 +60,7 @@ def release_statement(release_plan: StudyPlan) -> PrivacyStatement:
     def site(name: str, n: int) -> SiteStatement:
         rate = BATCH / n
         alone = epsilon([Charged(rate, NOISE, STEPS)], 1e-5)
-        total = epsilon([Charged(rate, NOISE, STEPS * len(MODULES))], 1e-5)
+        total = epsilon([Charged(rate, NOISE, STEPS * len(TRAINED))], 1e-5)
         mechanisms = [
             Mechanism(
                 module=module,
@@ -71,7 +71,7 @@ def release_statement(release_plan: StudyPlan) -> PrivacyStatement:
                 steps_planned=STEPS,
                 epsilon_alone=alone,
             )
-            for module in MODULES
+            for module in TRAINED
         ]
         return SiteStatement(
             name=name,

@@ -8,19 +8,19 @@ import re
 import pytest
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_server.forecast import HARD, Forecast, forecast, parameters
 
 
 def resized(plan: StudyPlan, patients: int, batch: int) -> StudyPlan:
     sites = [site.model_copy(update={"nominal_patients": patients}) for site in plan.sites]
-    trainings = {module: plan.training(module).model_copy(update={"expected_batch": batch}) for module in MODULES}
+    trainings = {module: plan.training(module).model_copy(update={"expected_batch": batch}) for module in TRAINED}
     return plan.model_copy(update={"sites": sites, **trainings})
 
 
 @pytest.fixture(scope="module")
 def long_plan(tiny_plan: StudyPlan) -> StudyPlan:
-    trainings = {module: tiny_plan.training(module).model_copy(update={"rounds": 20}) for module in MODULES}
+    trainings = {module: tiny_plan.training(module).model_copy(update={"rounds": 20}) for module in TRAINED}
     return tiny_plan.model_copy(update=trainings)
 
 
@@ -31,7 +31,7 @@ def tiny_forecast(tiny_plan: StudyPlan) -> Forecast:
 
 def test_figures_follow_from_the_budget(tiny_plan: StudyPlan, tiny_forecast: Forecast) -> None:
     foretold = tiny_forecast
-    assert [(row.site, row.module) for row in foretold.modules] == [(s, m) for s in ("a", "b") for m in MODULES]
+    assert [(row.site, row.module) for row in foretold.modules] == [(s, m) for s in ("a", "b") for m in TRAINED]
     for row in foretold.modules:
         training = tiny_plan.training(row.module)
         sigma = noise_multipliers(tiny_plan, row.site)[row.module]

@@ -15,7 +15,7 @@ from PIL import Image
 from fedsynth.errors import UsageError
 from fedsynth.evaluation import Evaluation, Figure, Section
 from fedsynth.plan import (
-    MODULES,
+    TRAINED,
     AutoencoderPlan,
     GanPlan,
     GenePlan,
@@ -75,7 +75,7 @@ def statement(of: StudyPlan, **changes: Any) -> PrivacyStatement:
                     steps_planned=of.training(module).steps,
                     epsilon_alone=3.1371 + place / 10,
                 )
-                for module in MODULES
+                for module in TRAINED
             ],
         )
         for place, site in enumerate(of.sites)
@@ -184,7 +184,7 @@ def evaluation(**changes: Any) -> Evaluation:
 
 def curves(of: StudyPlan) -> Curves:
     found: Curves = {}
-    for module in MODULES:
+    for module in TRAINED:
         rows: list[dict[str, float | int | str]] = []
         for at in range(1, of.training(module).rounds + 1):
             for place, site in enumerate(of.sites):

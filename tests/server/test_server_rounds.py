@@ -14,7 +14,7 @@ from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 
 from fedsynth.errors import JobFailed
-from fedsynth.plan import MODULES, StudyPlan, load_plan
+from fedsynth.plan import MODULES, TRAINED, StudyPlan, load_plan
 from fedsynth.records import State, refusal
 from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
@@ -134,7 +134,7 @@ def test_a_broken_reply_leaves_its_site_out_of_the_round(
         Site(tiny_folder / name).approve(plan)
     grid = SpoilingGrid(tiny_folder, {11: spoil})
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         state = run_study(grid, plan, tiny_folder / "study")
     assert [row["site"] for row in state.curves["autoencoder"]] == ["a"]
     assert set(state.receipts) == {"a"}
@@ -156,7 +156,7 @@ def test_a_silent_site_is_waited_for_and_then_left_out(
     for name in NODES.values():
         Site(tiny_folder / name).approve(plan)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         state = run_study(SpoilingGrid(tiny_folder, {11: lambda _reply: None}), plan, tiny_folder / "study")
     assert {row["site"] for row in state.curves["autoencoder"]} == {"a"}
     assert "site b left out (no_answer)" in capsys.readouterr().err
@@ -179,12 +179,13 @@ def test_too_few_sites_pause_the_study_and_the_same_call_goes_on(tiny_folder: Pa
     assert "b: disk_full" in failed.value.message
     paused = load_state(study, plan)
     assert paused is not None
-    assert paused.rounds == {"autoencoder": 2, "radiogenomics": 1, "gan": 0}
+    assert paused.rounds == {"moments": 0, "autoencoder": 2, "radiogenomics": 1, "embedding": 0, "gan": 0}
     charges = [[e for e in site.ledger().entries() if e.kind == "charge"] for site in sites]
 
     grid = SpoilingGrid(tiny_folder, {})
     state = run_study(grid, plan, study)
-    assert state.rounds == dict.fromkeys(MODULES, 2)
+    assert not state.missing_rounds(plan)
+    assert {module: state.rounds[module] for module in plan.modules} == dict.fromkeys(TRAINED, 2)
     first = next(asked for asked in grid.asked if asked[1].startswith("train"))
     assert first == (10, "train.radiogenomics", "2")
     for site, before in zip(sites, charges, strict=True):
@@ -220,7 +221,7 @@ def test_the_average_of_a_round_is_that_of_the_released_weights(tiny_folder: Pat
     from safetensors.torch import load_file
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         state = run_study(SpoilingGrid(tiny_folder, {}), quick, tiny_folder / "study")
     released: dict[str, State] = {
         name: load_file(next((tiny_folder / name / "outbox").glob("*/autoencoder-0002.safetensors")))
@@ -248,7 +249,7 @@ def test_replies_are_matched_by_the_message_that_they_answer(tiny_folder: Path, 
         return error
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         state = run_study(SpoilingGrid(tiny_folder, {10: lost}), quick, tiny_folder / "study")
     assert {row["site"] for row in state.curves["autoencoder"]} == {"b"}
 
@@ -261,7 +262,7 @@ def test_a_site_whose_ledger_went_back_is_left_out(
         return receipt_with(epsilon=0.1)(reply) if forgetful else reply
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         state = run_study(SpoilingGrid(tiny_folder, {11: forgets}), quick, tiny_folder / "study")
     assert [(row["round"], row["site"]) for row in state.curves["autoencoder"]] == [(1, "a"), (1, "b"), (2, "a")]
     assert "site b left out (ledger_went_back)" in capsys.readouterr().err
@@ -306,7 +307,7 @@ def test_a_checkpoint_saved_by_hand_is_gone_on_from(tiny_folder: Path, quick: St
     assert load_plan(study / "plan.toml") == quick
     before: StudyState | None = None
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(rounds, "MODULES", ("autoencoder",))
+        patched.setattr(StudyPlan, "modules", ("autoencoder",))
         run_study(SpoilingGrid(tiny_folder, {}), quick, study)
         before = load_state(study, quick)
         assert before is not None

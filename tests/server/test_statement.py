@@ -11,7 +11,7 @@ import pytest
 
 from fedsynth.budget import planned_epsilon
 from fedsynth.errors import Refused
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.policy import save_policy
 from fedsynth_client.site import Site
@@ -30,7 +30,7 @@ def state(tiny_plan: StudyPlan) -> StudyState:
     receipts = {
         site.name: {
             module: Receipt("ab" * 32, spent, spent, tiny_plan.training(module).steps, True, order)
-            for order, module in enumerate(MODULES, start=1)
+            for order, module in enumerate(TRAINED, start=1)
         }
         for site in tiny_plan.sites
     }

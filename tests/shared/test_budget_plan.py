@@ -9,7 +9,7 @@ import pytest
 from fedsynth import budget
 from fedsynth.budget import mechanism, noise_multipliers, planned_epsilon
 from fedsynth.dp.accounting import epsilon
-from fedsynth.plan import MODULES, StudyPlan, load_plan, save_plan
+from fedsynth.plan import TRAINED, StudyPlan, load_plan, save_plan
 
 
 def plan(epsilon: float = 3.0, **others: object) -> StudyPlan:
@@ -39,7 +39,7 @@ def plan(epsilon: float = 3.0, **others: object) -> StudyPlan:
 @pytest.mark.parametrize("target", [0.5, 8.0])
 def test_all_rounds_of_all_modules_together_cost_the_plans_epsilon_and_not_more(site: str, target: float) -> None:
     study = plan(target)
-    charged = [mechanism(study, site, module) for module in MODULES for _ in range(study.training(module).rounds)]
+    charged = [mechanism(study, site, module) for module in TRAINED for _ in range(study.training(module).rounds)]
     spent = epsilon(charged, study.privacy.delta)
     assert 0.98 * target <= spent <= target
     assert planned_epsilon(study, site) == pytest.approx(spent, rel=1e-12)
@@ -47,7 +47,7 @@ def test_all_rounds_of_all_modules_together_cost_the_plans_epsilon_and_not_more(
 
 def test_a_rounds_mechanism_is_what_the_plan_states() -> None:
     study = plan()
-    for module in MODULES:
+    for module in TRAINED:
         one = mechanism(study, "south", module)
         assert one.steps == study.training(module).steps_per_round
         assert one.sample_rate == study.training(module).expected_batch / 400
@@ -57,24 +57,24 @@ def test_a_rounds_mechanism_is_what_the_plan_states() -> None:
 
 def test_both_sides_compute_the_same_numbers(tmp_path: Path) -> None:
     study = plan()
-    at_the_coordinator = {module: mechanism(study, "north", module) for module in MODULES}
+    at_the_coordinator = {module: mechanism(study, "north", module) for module in TRAINED}
     save_plan(study, tmp_path / "plan.toml")
     budget._allocate.cache_clear()
     at_the_site = load_plan(tmp_path / "plan.toml")
-    assert {module: mechanism(at_the_site, "north", module) for module in MODULES} == at_the_coordinator
+    assert {module: mechanism(at_the_site, "north", module) for module in TRAINED} == at_the_coordinator
 
 
 def test_a_sites_noise_depends_on_its_own_size_only() -> None:
     alone = plan(sites=[{"name": "north", "nominal_patients": 200}])
     assert noise_multipliers(alone, "north") == noise_multipliers(plan(), "north")
     assert all(
-        noise_multipliers(plan(), "south")[module] < noise_multipliers(plan(), "north")[module] for module in MODULES
+        noise_multipliers(plan(), "south")[module] < noise_multipliers(plan(), "north")[module] for module in TRAINED
     )
 
 
 def test_a_module_costs_less_than_the_whole() -> None:
     study = plan()
-    parts = [planned_epsilon(study, "north", module) for module in MODULES]
+    parts = [planned_epsilon(study, "north", module) for module in TRAINED]
     assert max(parts) < planned_epsilon(study, "north") < sum(parts)
 
 

@@ -30,11 +30,13 @@ PLAN: dict[str, Any] = {
     "privacy": {"epsilon": 8.0},
     "autoencoder": {**TRAINING, "budget_share": 0.3},
     "radiogenomics": {**TRAINING, "budget_share": 0.3},
-    "gan": {**TRAINING, "budget_share": 0.4},
+    "gan": {**TRAINING, "budget_share": 0.35},
     "sites": [{"name": "north", "nominal_patients": 100}, {"name": "south", "nominal_patients": 60}],
 }
 
 WARM_START = {"generator_sha256": "a" * 64, "discriminator_sha256": "b" * 64, "provenance": "public simulated cohort"}
+
+PUBLIC = {"sha256": "c" * 64, "provenance": "public simulated patients"}
 
 Path_ = tuple[str | int, ...]
 
@@ -47,6 +49,16 @@ def changed(values: dict[str, Any], path: Path_, value: object) -> dict[str, Any
         place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
     place[path[-1]] = value
     return result
+
+
+# The same study with both statistics in place of the networks over profiles and beside the GAN.
+STATISTICS = {
+    **PLAN,
+    "moments": {"budget_share": 0.4, "public": PUBLIC},
+    "embedding": {"budget_share": 0.25, "public": PUBLIC},
+    "autoencoder": {**TRAINING, "rounds": 0, "budget_share": 0.3},
+    "radiogenomics": {**TRAINING, "rounds": 0, "budget_share": 0.3},
+}
 
 
 def write(values: dict[str, Any], folder: Path) -> Path:
@@ -87,15 +99,20 @@ OTHERS: dict[Path_, object] = {
     ("gan", "ema_decay"): 0.5,
     ("aggregation", "weighting"): "equal",
     ("aggregation", "min_sites"): 2,
+    ("embedding",): {"budget_share": 0.05, "public": PUBLIC},
+    ("embedding", "public", "sha256"): "e" * 64,
+    ("moments", "public", "sha256"): "e" * 64,
     **{(module, "budget_share"): 0.1 for module in MODULES},
 }
 # Only one value is valid, so nothing can be confused.
-FIXED: set[Path_] = {("schema_version",), ("privacy", "unit")}
+# Or the value alone makes no plan: moments take the place of other modules.
+FIXED: set[Path_] = {("schema_version",), ("privacy", "unit"), ("privacy", "noise"), ("moments",)}
 # Morphology features are a choice from a list: leaving one out is the change.
 ALL_LEAVES = [
-    leaf
-    for leaf in leaves(StudyPlan.model_validate(PLAN).model_dump(mode="json"))
-    if leaf[0] not in FIXED and leaf[0][0] != "morphology"
+    (values, path, value)
+    for values in (PLAN, STATISTICS)
+    for path, value in leaves(StudyPlan.model_validate(values).model_dump(mode="json"))
+    if path not in FIXED and path[0] != "morphology" and (values is PLAN or path[0] in ("moments", "embedding"))
 ]
 
 
@@ -112,9 +129,13 @@ def another(path: Path_, value: object) -> object:
     return value + 0.0078125
 
 
-@pytest.mark.parametrize(("path", "value"), ALL_LEAVES, ids=[".".join(map(str, path)) for path, _ in ALL_LEAVES])
-def test_every_value_counts_for_the_digest_and_survives_the_file(path: Path_, value: object, tmp_path: Path) -> None:
-    plan = StudyPlan.model_validate(PLAN)
+@pytest.mark.parametrize(
+    ("values", "path", "value"), ALL_LEAVES, ids=[".".join(map(str, path)) for _, path, _ in ALL_LEAVES]
+)
+def test_every_value_counts_for_the_digest_and_survives_the_file(
+    values: dict[str, Any], path: Path_, value: object, tmp_path: Path
+) -> None:
+    plan = StudyPlan.model_validate(values)
     full = plan.model_dump(mode="json")
     other = StudyPlan.model_validate(changed(full, path, another(path, value)))
     assert other.digest != plan.digest
@@ -188,7 +209,7 @@ def test_an_unknown_key_is_refused_by_its_name(path: Path_, tmp_path: Path) -> N
 
 
 def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
-    message = refused(changed(changed(PLAN, ("privacy", "epsilon"), -1.0), ("gan", "rounds"), 0), tmp_path)
+    message = refused(changed(changed(PLAN, ("privacy", "epsilon"), -1.0), ("gan", "rounds"), -1), tmp_path)
     assert "privacy.epsilon" in message
     assert "gan.rounds" in message
 
@@ -273,6 +294,10 @@ def test_a_whole_number_may_stand_where_a_real_one_is_meant(tmp_path: Path) -> N
         (("sites", 1, "name"), "../south", "pattern"),
         (("aggregation", "min_sites"), 3, "larger than the number of sites"),
         (("schema_version",), 2, "schema_version"),
+        (("privacy", "noise"), "distributed", "secure aggregation"),
+        (("moments",), {"budget_share": 0.05, "public": PUBLIC}, "has to have 0 rounds"),
+        (("autoencoder", "rounds"), 0, "nothing makes profiles"),
+        (("gan", "rounds"), 0, "nothing makes images"),
     ],
 )
 def test_a_plan_that_cannot_be_meant_is_refused(path: Path_, value: object, told: str, tmp_path: Path) -> None:
@@ -295,6 +320,26 @@ def test_a_plan_cannot_be_changed_after_it_was_read() -> None:
     plan = StudyPlan.model_validate(PLAN)
     with pytest.raises(ValueError, match="frozen"):
         plan.privacy.epsilon = 100.0
+
+
+def test_a_statistic_is_one_release_of_every_patient() -> None:
+    plan = StudyPlan.model_validate(STATISTICS)
+    assert plan.modules == ("moments", "embedding", "gan")
+    assert plan.profile_engine == "moments"
+    for module in ("moments", "embedding"):
+        training = plan.training(module)
+        assert (training.rounds, training.steps_per_round, training.steps, training.max_grad_norm) == (1, 1, 1, 1.0)
+        assert plan.sample_rate(module, "south") == 1.0
+
+
+def test_modules_without_rounds_take_no_part_and_no_budget() -> None:
+    plan = StudyPlan.model_validate(PLAN)
+    assert plan.modules == ("autoencoder", "radiogenomics", "gan")
+    public = StudyPlan.model_validate(changed(changed(PLAN, ("gan", "rounds"), 0), ("gan", "warm_start"), WARM_START))
+    assert public.modules == ("autoencoder", "radiogenomics")
+    assert StudyPlan.model_validate(changed(public.model_dump(mode="json"), ("gan", "budget_share"), 1.0)).modules
+    with pytest.raises(ValueError, match="no section moments"):
+        plan.training("moments")
 
 
 def test_steps_and_rates_follow_from_the_plan() -> None:

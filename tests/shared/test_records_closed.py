@@ -203,6 +203,8 @@ def test_a_reply_or_a_refusal_may_leave(module: Module) -> None:
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("fault", [*FAULTS, *VALUES])
 def test_nothing_else_may_leave(fault: str, module: Module) -> None:
+    if not PROGRESS[module] and fault in ("a missing progress value", "a list where a number belongs"):
+        pytest.skip("a statistic has no progress value to leave out or to replace")
     content = reply(module)
     (FAULTS | VALUES)[fault](content, module)
     with pytest.raises(JobFailed) as caught:

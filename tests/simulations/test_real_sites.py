@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsynth.evaluation import Evaluation
-from fedsynth.plan import MODULES, StudyPlan
+from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.account import account
 from fedsynth_client.site import Site
 from fedsynth_server.release.verify import verify
@@ -23,7 +23,7 @@ DATA = Path(os.environ.get("FEDSYNTH_REAL_DATA", ROOT.parent / "shared" / "data"
 
 def short_plan(*arguments: object, **more: object) -> StudyPlan:
     plan = study_plan(*arguments, **more)  # type: ignore[arg-type]
-    short = {module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 3}) for module in MODULES}
+    short = {module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 3}) for module in TRAINED}
     return StudyPlan.model_validate(plan.model_copy(update=short).model_dump())
 
 

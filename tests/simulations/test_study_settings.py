@@ -11,7 +11,7 @@ from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.records import state_digest
 from fedsynth_server.checkpoint import first_state
-from fedsynth_server.warm_start import autoencoder_start, load_warm_start
+from fedsynth_server.warm_start import load_warm_start, public_starts
 from fedsynth_simulations import study
 from fedsynth_simulations.plans import simulated_genes, study_plan
 from fedsynth_simulations.study import Settings, run
@@ -65,15 +65,12 @@ def test_two_real_folders_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_the_packaged_weights_fit_the_plan_and_say_where_they_come_from() -> None:
     weights, start = load_warm_start(packaged_warm_start())
-    genes_start = autoencoder_start(weights, start)
-    plan = study_plan(
-        "fits", "do the weights fit", {"a": 160}, genes=simulated_genes(), epsilon=10, warm_start=start,
-        autoencoder_start=genes_start,
-    )  # fmt: skip
+    starts = public_starts(weights, start)
+    plan = study_plan("fits", "do the weights fit", {"a": 160}, genes=simulated_genes(), epsilon=10, starts=starts)
     make_generator(plan).load_state_dict(weights["generator"])
     make_discriminator(plan).load_state_dict(weights["discriminator"])
     make_autoencoder(plan).load_state_dict(weights["autoencoder"])
     assert "no private data" in start.provenance
     state = first_state(plan, weights)
     assert state_digest(state.weights["generator"]) == start.generator_sha256
-    assert genes_start is not None and state_digest(state.weights["autoencoder"]) == genes_start.sha256
+    assert starts.autoencoder is not None and state_digest(weights["autoencoder"]) == starts.autoencoder.sha256

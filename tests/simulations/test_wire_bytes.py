@@ -23,7 +23,7 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedsynth.evaluation import Evaluation
-from fedsynth.plan import MODULES, StudyPlan, load_plan
+from fedsynth.plan import TRAINED, StudyPlan, load_plan
 from fedsynth.records import PROGRESS, RECEIPT, WEIGHTS
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import first_state
@@ -52,7 +52,7 @@ class Watched:
 def small_plan(*arguments: object, **more: object) -> StudyPlan:
     """The plan of a simulation with fewer rounds and steps: what travels is of the same kinds."""
     plan = study_plan(*arguments, **more)  # type: ignore[arg-type]
-    short = {module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 2}) for module in MODULES}
+    short = {module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 2}) for module in TRAINED}
     narrow = {"generator_width": 8, "discriminator_width": 4, "generator_batch": 8}
     short["gan"] = short["gan"].model_copy(update=narrow)
     return StudyPlan.model_validate(plan.model_copy(update=short).model_dump())
@@ -154,7 +154,7 @@ def test_the_search_finds_what_was_planted_where_it_belongs(watched: Watched, se
 def test_no_message_holds_anything_of_a_patient(watched: Watched, secrets: dict[str, list[bytes]], kind: str) -> None:
     messages = [("to coordinator", data) for _, data in watched.to_coordinator]
     messages += [("to site", data) for data in watched.to_sites]
-    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(MODULES))
+    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(TRAINED))
     assert found(iter(messages), secrets[kind]) == {}
 
 
@@ -172,7 +172,7 @@ def test_neither_the_coordinator_nor_the_release_holds_anything_of_a_patient(
 def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched) -> None:
     plan = load_plan(watched.out / "study" / "plan.toml")
     weights = first_state(plan, None).weights
-    seen: dict[str, int] = dict.fromkeys(["site", *MODULES], 0)
+    seen: dict[str, int] = dict.fromkeys(["site", *TRAINED], 0)
     for _, data in watched.to_coordinator:
         content: RecordDict = recorddict_from_proto(RecordDictProto.FromString(data))
         if set(content) == {"site"}:
@@ -180,7 +180,7 @@ def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched
             assert content.config_records["site"]["name"] in SITES
             seen["site"] += 1
             continue
-        (module,) = [each for each in MODULES if set(content) == {WEIGHTS[each], "progress", "receipt"}]
+        (module,) = [each for each in TRAINED if set(content) == {WEIGHTS[each], "progress", "receipt"}]
         arrays = content.array_records[WEIGHTS[module]]
         assert {name: tuple(array.shape) for name, array in arrays.items()} == {
             name: tuple(tensor.shape) for name, tensor in weights[WEIGHTS[module]].items()
@@ -188,14 +188,14 @@ def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched
         assert set(content.metric_records["progress"]) == PROGRESS[module]
         assert set(content.config_records["receipt"]) == RECEIPT
         seen[module] += 1
-    assert seen == dict.fromkeys(["site", *MODULES], len(SITES))
+    assert seen == dict.fromkeys(["site", *TRAINED], len(SITES))
 
 
 @pytest.mark.slow
 def test_a_message_is_no_larger_than_what_the_site_logged(watched: Watched) -> None:
     for site in SITES:
         sent = [e.body for e in Site(watched.out / "sites" / site).ledger().entries() if e.kind == "sent"]
-        assert [entry["module"] for entry in sent] == list(MODULES)
+        assert [entry["module"] for entry in sent] == list(TRAINED)
         assert all(entry["to"].startswith("node ") for entry in sent)
 
 
@@ -211,7 +211,7 @@ def test_exact_counts_are_in_no_receipt_and_no_number_of_a_reply(watched: Watche
         manifest = json.loads((site.cohort_path / "manifest.json").read_text())
         counts = {len(manifest["patients"]), sum(row["split"] == "train" for row in manifest["patients"])}
         receipt = content.config_records["receipt"]
-        assert receipt["steps"] in {plan.training(module).steps for module in MODULES}
+        assert receipt["steps"] in {plan.training(module).steps for module in TRAINED}
         assert not counts & set(content.metric_records["progress"].values())
         assert not counts & {receipt["epsilon"], receipt["epsilon_lifetime"]}
 

@@ -28,15 +28,16 @@ State = dict[str, Tensor]
 _SHARES: dict[str, float] = {
     "class_counts": 0.06,
     "pair_counts": 0.02,
-    "class_genes": 0.18,
-    "class_morphology": 0.08,
-    "genes": 0.22,
-    "link": 0.34,
-    "morphology": 0.10,
+    "class_genes": 0.20,
+    "class_morphology": 0.07,
+    "genes": 0.10,
+    "link": 0.48,
+    "morphology": 0.07,
 }
-# The standardised blocks are clipped to the norm at which the squared coordinates average this much; in the public
-# population they average 1.
-_LARGEST_MEAN_SQUARE = 1.3
+# u and m are shortened to the norm at which their squared coordinates average this much; in the public population they
+# average 1. Most patients are shortened, which costs little (directions stay, and `attenuation` says by how much lengths
+# shrink) and makes the row of a typical patient large beside the noise.
+CLIPPED_MEAN_SQUARE = 0.6
 _BELOW_ONE = 1 - 1e-6  # so that rounding to float32 does not lift a norm above 1
 
 
@@ -51,12 +52,12 @@ class Sizes:
     @property
     def genes_radius(self) -> float:
         """Largest norm of u; a longer one is shortened to it."""
-        return math.sqrt(_LARGEST_MEAN_SQUARE * self.components)
+        return math.sqrt(CLIPPED_MEAN_SQUARE * self.components)
 
     @property
     def morphology_radius(self) -> float:
         """Largest norm of m; a longer one is shortened to it."""
-        return math.sqrt(_LARGEST_MEAN_SQUARE * self.features)
+        return math.sqrt(CLIPPED_MEAN_SQUARE * self.features)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _coordinates(public: Mapping[str, Tensor], genes: Tensor, size: Sizes) -> tu
     usable = torch.isfinite(genes).all(dim=1)
     values = torch.where(usable[:, None], genes, 0.0).double()
     u = values @ public["basis"].double() / public["genes_scale"].double()
-    return _shortened(u, size.genes_radius), usable.double()
+    return _shortened(u, torch.tensor(size.genes_radius, dtype=torch.float64)), usable.double()
 
 
 def _standardised(public: Mapping[str, Tensor], morphology: Tensor, size: Sizes) -> tuple[Tensor, Tensor]:
@@ -244,11 +245,14 @@ def _standardised(public: Mapping[str, Tensor], morphology: Tensor, size: Sizes)
     measured = torch.isfinite(morphology)
     values = torch.where(measured, morphology, 0.0).double()
     m = (values - public["morphology_centre"].double()) / public["morphology_scale"].double()
-    return _shortened(torch.where(measured, m, 0.0), size.morphology_radius), measured.double()
+    # With fewer features the norm is smaller, and so is the bound, so that all patients are shortened alike.
+    radius = (CLIPPED_MEAN_SQUARE * measured.sum(1, keepdim=True).double()).sqrt()
+    return _shortened(torch.where(measured, m, 0.0), radius), measured.double()
 
 
-def _shortened(vectors: Tensor, radius: float) -> Tensor:
-    return vectors * (radius / vectors.norm(dim=1, keepdim=True).clamp(min=radius))
+def _shortened(vectors: Tensor, radius: Tensor) -> Tensor:
+    norms = vectors.norm(dim=1, keepdim=True)
+    return vectors * torch.where(norms > radius, radius / norms, 1.0)
 
 
 def _outer(first: Tensor, second: Tensor) -> Tensor:
