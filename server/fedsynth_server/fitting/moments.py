@@ -5,6 +5,10 @@ Every entry of the sum carries noise of known variance. Each moment is therefore
 value with a variance tau^2 that is estimated by maximum marginal likelihood, given each entry's noise and sampling variance
 (Efron and Morris 1973). Infinite noise leaves the public model, no noise and many patients leave the moments themselves.
 
+Rows hold vectors that were shortened to a bound; what that takes away from each moment in a public population is given
+back. Patients who vary more than the public population seem to vary as it does: lengths beyond the bound are not told
+apart.
+
 The prediction of morphology needs no further correction for the noise in the moments of genes. The expected squared
 error of slopes B, var(m) - 2 tr(B' cov(u, m)) + tr(B' cov(u) B), is linear in the moments, so the best B given the noisy
 sum is that of the moments' posterior means, which is what shrinkage computes.
@@ -17,9 +21,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import chi2
 from torch import Tensor
 
-from fedsynth.engines.moments import Sizes, noise_variances, sizes, unpack
+from fedsynth.engines.moments import CLIPPED_MEAN_SQUARE, Sizes, noise_variances, sizes, unpack
 from fedsynth.models.linear_gaussian import public_prior
 from fedsynth.plan import StudyPlan
 
@@ -29,7 +34,11 @@ State = dict[str, Tensor]
 _FLOOR = 0.02
 # How far counts may be from what the plan declares, as a share of it (standard deviation of a normal prior).
 _COUNT_PRIOR = 0.5
-_TAUS = torch.cat([torch.zeros(1), torch.logspace(-3, 1, 81)]).double()
+# Grid over tau and the logarithm of its half-Cauchy prior (Gelman 2006): moments of standardised quantities seldom differ
+# from the public ones by much more than the scale, and the noise may hide all of them.
+_TAU_SCALE = 0.1
+_TAUS = torch.logspace(-3, 1, 81, dtype=torch.float64)
+_LOG_PRIOR = _TAUS.log() - (1 + (_TAUS / _TAU_SCALE) ** 2).log()  # the grid is even in log tau
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,21 @@ class Counts:
     class_genes: Tensor
     class_features: Tensor
     prior: Tensor
+
+
+@dataclass(frozen=True)
+class Attenuation:
+    """Share that is left of moments after vectors were shortened to a bound (`CLIPPED_MEAN_SQUARE`).
+
+    Attributes:
+        mean: of means, and of covariances with other vectors.
+        variance: of the mean variance over coordinates.
+        correlation: of differences of variances, and of covariances between coordinates.
+    """
+
+    mean: float
+    variance: float
+    correlation: float
 
 
 def fit_moments(
@@ -78,6 +102,14 @@ def fit_sum(
 ) -> tuple[State, dict[str, float]]:
     """`fit_moments` for moments of given sizes."""
     moments, noise = unpack(size, total), noise_variances(size, noise_sd)
+    r = size.components
+    of_genes, of_morphology = attenuation(r), attenuation(size.features)
+    for name, left in (
+        ("class_genes", of_genes.mean),
+        ("class_morphology", of_morphology.mean),
+        ("link", of_genes.mean * of_morphology.mean),
+    ):
+        moments[name], noise[name] = moments[name] / left, noise[name] / left**2
     counts = estimate_counts(moments, noise, patients)
     means = torch.cat(
         [
@@ -86,18 +118,15 @@ def fit_sum(
         ],
         dim=1,
     )
-    r = size.components
     middle = counts.prior @ means
     apart = means - middle
     between = apart.T @ (counts.prior[:, None] * apart)
 
-    genes = _covariance(moments["genes"], noise["genes"], counts.genes.expand(r), middle[:r])
-    morphology = _covariance(moments["morphology"], noise["morphology"], counts.features, middle[r:])
+    genes = _covariance(moments["genes"], noise["genes"], counts.genes.expand(r), of_genes, middle[:r])
+    morphology = _covariance(moments["morphology"], noise["morphology"], counts.features, of_morphology, middle[r:])
     raw_link = moments["link"] / counts.both - torch.outer(middle[:r], middle[r:])
     link_noise = noise["link"] / counts.both**2
-    link = torch.stack(
-        [shrink(*columns) for columns in zip(raw_link.T, (link_noise + 1 / counts.both).T, strict=True)], dim=1
-    )
+    link = shrink(raw_link, link_noise + 1 / counts.both)
 
     whole = _usable(torch.cat([torch.cat([genes, link], dim=1), torch.cat([link.T, morphology], dim=1)]))
     within = _usable(whole - between)
@@ -143,19 +172,39 @@ def estimate_counts(moments: Mapping[str, Tensor], noise: Mapping[str, Tensor], 
 
 
 def shrink(noisy: Tensor, variance: Tensor) -> Tensor:
-    """Posterior means of quantities that are normal around 0 with a common variance, observed with normal errors.
+    """Posterior means of quantities that are normal around 0 with an unknown common variance, observed with normal errors.
 
     Args:
         noisy: observations, any shape.
         variance: of each observation's error, same shape, positive.
 
     Returns:
-        ``noisy * tau^2 / (tau^2 + variance)`` with the tau of largest marginal likelihood on a grid from 0 to 10.
+        ``noisy * tau^2 / (tau^2 + variance)``, averaged over the posterior of tau.
     """
     spread = (_TAUS**2)[:, None] + variance.flatten()
-    likelihood = -(spread.log() + noisy.flatten().square() / spread).sum(1)
-    best = (_TAUS**2)[likelihood.argmax()]
-    return noisy * best / (best + variance)
+    likelihood = -0.5 * (spread.log() + noisy.flatten().square() / spread).sum(1)
+    weights = torch.softmax(likelihood + _LOG_PRIOR, dim=0)
+    kept = weights @ ((_TAUS**2)[:, None] / spread)
+    return noisy * kept.reshape(noisy.shape)
+
+
+def attenuation(d: int) -> Attenuation:
+    """What shortening leaves of the moments of `d` standard normal coordinates.
+
+    With n the norm of such a vector and R the bound, one with n > R loses the factor R / n. To first order in what differs
+    from uncorrelated standard normal vectors, means and covariances with something else keep E n min(n, R) / d; the mean
+    variance keeps E min(n^2, R^2) / d; differences of variances, and covariances, keep that less
+    2 R^2 P(n > R) / (d (d + 2)).
+    """
+    bound = CLIPPED_MEAN_SQUARE * d
+    within, beyond = float(chi2.cdf(bound, d + 2)), float(chi2.sf(bound, d))
+    mean_norm = math.sqrt(2.0) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
+    variance = within + bound / d * beyond
+    return Attenuation(
+        mean=within + math.sqrt(bound) * mean_norm / d * float(chi2.sf(bound, d + 1)),
+        variance=variance,
+        correlation=variance - 2 * bound * beyond / (d * (d + 2)),
+    )
 
 
 def _near(noisy: Tensor, variance: Tensor, declared: Tensor) -> Tensor:
@@ -175,25 +224,31 @@ def _class_means(sums: Tensor, noise: Tensor, counts: Tensor, prior: Tensor) -> 
     return common_shrunk + apart - (weights * apart).sum(0)
 
 
-def _covariance(moments: Tensor, noise: Tensor, counts: Tensor, middle: Tensor) -> Tensor:
+def _covariance(moments: Tensor, noise: Tensor, counts: Tensor, left: Attenuation, middle: Tensor) -> Tensor:
     """(d, d) covariance, shrunk towards equal variances (and those towards 1) and no correlation.
 
     Args:
         moments: (d, d) noisy sum of second moments.
         noise: (d, d) its noise variance.
         counts: (d,) patients with each coordinate. Those with two are taken to be as many as have the rarer, which is
-            so when a patient or site that lacks the rarer is the only one that may lack the other.
+            right where whoever has the rarer has the other; elsewhere correlations come out too weak.
+        left: what shortening left of the moments.
         middle: (d,) estimated mean.
     """
+    width = len(moments)
     pairs = torch.minimum(counts[:, None], counts[None, :])
-    raw = moments / pairs - torch.outer(middle, middle)
-    variance = noise / pairs**2 + 1 / pairs
-    variances, errors = raw.diagonal(), (noise.diagonal() / counts**2 + 2 / counts)
-    common = 1 + shrink(variances.mean() - 1, errors.mean() / len(errors))
-    diagonal = common + shrink(variances - common, errors)
-    row, column = torch.triu_indices(len(raw), len(raw), offset=1)
-    result = diagonal.diag()
-    if len(row):
+    raw = moments / pairs
+    level = raw.diagonal().mean()
+    round_part = level * torch.eye(width, dtype=raw.dtype)
+    raw = round_part / left.variance + (raw - round_part) / left.correlation - torch.outer(middle, middle)
+    variance = noise / (pairs * left.correlation) ** 2 + 1 / pairs
+
+    variances, errors = raw.diagonal(), variance.diagonal() + 1 / counts
+    common_error = (noise.diagonal() / (counts * left.variance) ** 2 + 2 / counts).mean() / width
+    common = 1 + shrink(variances.mean() - 1, common_error)
+    result = (common + shrink(variances - common, errors)).diag()
+    if width > 1:
+        row, column = torch.triu_indices(width, width, offset=1)
         upper = shrink(raw[row, column], variance[row, column])
         result[row, column] = upper
         result[column, row] = upper
