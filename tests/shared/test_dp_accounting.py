@@ -226,7 +226,12 @@ def test_a_delta_that_prv_cannot_resolve_is_refused() -> None:
     assert math.isfinite(epsilon(history, 1e-13))
 
 
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_without_delta_no_epsilon_is_finite() -> None:
+    assert epsilon([Mechanism(0.1, 2.0, 10)], 0.0) == epsilon([Mechanism(1.0, 2.0, 1)], 0.0, "prv") == math.inf
+    assert epsilon([], 0.0) == 0.0
+
+
+@pytest.mark.parametrize("delta", [1.0, -1e-5, math.nan])
 def test_a_delta_out_of_range_is_refused(delta: float) -> None:
     with pytest.raises(ValueError, match="delta must be in"):
         epsilon([Mechanism(0.1, 2.0, 10)], delta)

@@ -40,10 +40,12 @@ _LEAST_NOISE_OF_FRACTIONAL_ORDERS = 0.2
 _LARGEST_NOISE = 1e4
 _LEAST_NOISE = 1e-3
 
+PRV_LEAST_DELTA = 1e-10
+"""The smallest delta that the PRV accountant takes."""
+
 # Opacus' PRV grid holds exp(loss), which overflows at 709, and sums probabilities in double precision. A grid of so
 # many points takes about 0.7 GB at the peak.
 _PRV_LARGEST_EPSILON = 300.0
-_PRV_LEAST_DELTA = 1e-10
 _PRV_POINTS = 2**21
 
 
@@ -75,18 +77,20 @@ def epsilon(history: Sequence[Mechanism], delta: float, accountant: Accountant =
 
     Args:
         history: mechanisms in any order, of any sample rates and noise multipliers.
-        delta: in (0, 1).
+        delta: in [0, 1). At 0 the epsilon of Gaussian noise is infinite.
         accountant: ``"rdp"`` (fractions of a millisecond) or ``"prv"`` (tighter; a tenth of a second to seconds). Both
             bound epsilon from above, so PRV answers with the smaller of the two, and with RDP's alone where its grid
             cannot hold the losses (epsilon in the hundreds).
 
     Raises:
-        ValueError: `delta` is not in (0, 1), or too small for PRV's floating-point numbers (below 1e-10).
+        ValueError: `delta` is not in [0, 1), or too small for PRV's floating-point numbers (below `PRV_LEAST_DELTA`).
     """
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must be in (0, 1), not {delta}")
+    if not 0 <= delta < 1:
+        raise ValueError(f"delta must be in [0, 1), not {delta}")
     if not history:
         return 0.0
+    if delta == 0:
+        return math.inf
     bound = _rdp_epsilon(history, delta)
     if accountant == "rdp":
         return bound
@@ -187,8 +191,8 @@ def _log_moments_fractional(q: float, sigma: float) -> Floats:
 
 def _prv_epsilon(history: Sequence[Mechanism], delta: float, bound: float) -> float:
     """Opacus' PRV epsilon of a `merged` history whose RDP epsilon is `bound`; infinite where its grid cannot hold it."""
-    if delta < _PRV_LEAST_DELTA:
-        raise ValueError(f"delta {delta:g} is too small for the PRV accountant (least: {_PRV_LEAST_DELTA:g}); use rdp")
+    if delta < PRV_LEAST_DELTA:
+        raise ValueError(f"delta {delta:g} is too small for the PRV accountant (least: {PRV_LEAST_DELTA:g}); use rdp")
     error = _prv_error(history, delta, bound)
     if bound > _PRV_LARGEST_EPSILON or error > bound:
         return math.inf
