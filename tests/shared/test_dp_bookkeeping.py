@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from fedsynth.dp.bookkeeping import Bookkeeper, MixedSamplesError, UnsupportedLayerError, weights_of_one_step
-from fedsynth.dp.bookkeeping import gradients as gradients_module
+from fedsynth.dp.bookkeeping.gradients import Ghost
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.dp.step import Backend, PrivateModel, make_private, private_step
 
@@ -212,10 +212,10 @@ def test_a_ghost_norm_of_terms_that_cancel_is_not_left_to_rounding() -> None:
     left[:, :, 2:] = left[:, :, :2]
     right[:, :, :, 2:] = -right[:, :, :, :2] * (1 + 1e-6)
     exact = (right.double() @ left.double()).flatten(1).norm(dim=1)
-    factored = gradients_module.Factored(left, right, torch.Size((50, 60)))
+    factored = Ghost(left, right, torch.Size((50, 60)))
     torch.testing.assert_close(factored.norms().double(), exact, rtol=0.1, atol=0)
     spread = torch.logspace(-30, 18, 5)[:, None, None, None]
-    alone = gradients_module.Factored(left[:, :, :2], right[:, :, :, :2] * spread, torch.Size((50, 60))).norms()
+    alone = Ghost(left[:, :, :2], right[:, :, :, :2] * spread, torch.Size((50, 60))).norms()
     expected = (right[:, :, :, :2].double() @ left[:, :, :2].double()).flatten(1).norm(
         dim=1
     ) * spread.double().flatten()

@@ -29,8 +29,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedsynth.dp.bookkeeping.clipping import Bookkeeper, weights_of_one_step
-from fedsynth.dp.bookkeeping.layers import UnsupportedLayerError
+from fedsynth.dp.bookkeeping import Bookkeeper, UnsupportedLayerError, weights_of_one_step
 from fedsynth.dp.bookkeeping.mixing import check_forward, watched
 from fedsynth.dp.randomness import Randomness
 

@@ -7,7 +7,7 @@ one weighted contraction. What cannot be covered is refused, never skipped; `mix
 """
 
 from fedsynth.dp.bookkeeping.clipping import Bookkeeper, weights_of_one_step
-from fedsynth.dp.bookkeeping.layers import UnsupportedLayerError
 from fedsynth.dp.bookkeeping.mixing import MixedSamplesError
+from fedsynth.dp.bookkeeping.passes import UnsupportedLayerError
 
 __all__ = ["Bookkeeper", "MixedSamplesError", "UnsupportedLayerError", "weights_of_one_step"]

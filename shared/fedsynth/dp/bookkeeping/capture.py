@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from fedsynth.dp.bookkeeping.layers import UnsupportedLayerError, parameters_of
+from fedsynth.dp.bookkeeping.layers import parameters_of
+from fedsynth.dp.bookkeeping.passes import UnsupportedLayerError
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from fedsynth.dp.bookkeeping.capture import (
     recorded,
 )
 from fedsynth.dp.bookkeeping.gradients import PatientGradients
-from fedsynth.dp.bookkeeping.layers import Pass, UnsupportedLayerError, check_layer, gradients_of, parameters_of
+from fedsynth.dp.bookkeeping.layers import check_layer, gradients_of, parameters_of
 from fedsynth.dp.bookkeeping.mixing import check_rows
+from fedsynth.dp.bookkeeping.passes import Pass, UnsupportedLayerError
 
 # Added to a norm before the clip is divided by it, as Opacus does.
 _STABILITY = 1e-6

@@ -37,7 +37,7 @@ class MatrixFactors(PatientGradients, Protocol):
 
 @dataclass(frozen=True)
 class Written:
-    """Gradients small enough to be written out: biases and the scales and shifts of normalisations.
+    """Gradients that are small enough to be written out.
 
     Attributes:
         values: (P, *parameter shape).
@@ -53,42 +53,40 @@ class Written:
         """The sum over patients times `weights` (P,)."""
         return torch.tensordot(weights, self.values, dims=1)
 
+    def inner(self, weight: Tensor) -> Tensor:
+        """<gradient of patient p, weight> for each patient (P,)."""
+        return self.values.flatten(1) @ weight.flatten()
 
-class Factored:
+
+def better_written(positions: int, inputs: int, outputs: int) -> bool:
+    """Whether an inputs x outputs gradient is smaller than the Gram matrices of its positions."""
+    return positions**2 >= inputs * outputs
+
+
+@dataclass(frozen=True)
+class Ghost:
     """Gradients of a weight as products: patient p's is ``right[p] @ left[p]`` in each group.
 
-    The norm comes from the Gram matrices of the positions ("ghost norm") where they are smaller than the gradient, and
-    from the gradient itself, which is then kept for the sum, where not.
+    Their norms come from the Gram matrices of the positions ("ghost norms"), without the gradients.
+
+    Attributes:
+        left: (P, G, T, d).
+        right: (P, G, p, T).
+        shape: of the weight: (p, d), or (G p, d / (h w), h, w) where d runs over (h, w, channel).
+        contract: the weighted sum by a faster way than a product of `left` and `right`, if there is one.
     """
 
-    def __init__(
-        self,
-        left: Tensor,
-        right: Tensor,
-        shape: torch.Size,
-        contract: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Factors of the gradient.
-
-        Args:
-            left: (P, G, T, d).
-            right: (P, G, p, T).
-            shape: of the weight: (p, d), or (G p, d / (h w), h, w) where d runs over (h, w, channel).
-            contract: the weighted sum by a faster way than a product of `left` and `right`, if there is one.
-        """
-        self._left, self._right, self._shape, self._contract = left, right, shape, contract
-        _, _, positions, inputs = left.shape
-        self._written = positions**2 >= inputs * right.shape[2]
-        self._gradients = right @ left if self._written else None
+    left: Tensor
+    right: Tensor
+    shape: torch.Size
+    contract: Callable[[Tensor], Tensor] | None = None
 
     def norms(self) -> Tensor:
         """Euclidean norms (P,)."""
-        if self._gradients is not None:
-            return self._gradients.flatten(1).norm(dim=1)
         # The output gradients of a confident network are tiny: unscaled, their squares would underflow to a norm of 0.
-        scale = self._right.flatten(1).abs().amax(1)
-        right = self._right / torch.where(scale > 0, scale, 1.0)[:, None, None, None]
-        inputs = self._left @ self._left.transpose(2, 3)
+        scale = self.right.flatten(1).abs().amax(1)
+        right = self.right / torch.where(scale > 0, scale, 1.0)[:, None, None, None]
+        inputs = self.left @ self.left.transpose(2, 3)
         outputs = right.transpose(2, 3) @ right
         squared = (inputs * outputs).flatten(1).sum(1)
         diagonal = (inputs.diagonal(dim1=2, dim2=3) * outputs.diagonal(dim1=2, dim2=3)).sqrt()
@@ -96,35 +94,30 @@ class Factored:
         norms = squared.clamp(min=0.0).sqrt() * scale
         cancelled = (squared < _CANCELLED * largest).nonzero().flatten()
         for rows in cancelled.split(_WRITTEN_OUT_AT_ONCE):
-            norms[rows] = (right[rows] @ self._left[rows]).flatten(1).norm(dim=1) * scale[rows]
+            norms[rows] = (right[rows] @ self.left[rows]).flatten(1).norm(dim=1) * scale[rows]
         return norms
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """The sum over patients times `weights` (P,), in the weight's shape."""
-        if self._gradients is not None:
-            return self._to_weight(torch.tensordot(weights, self._gradients, dims=1))
-        if self._contract is not None:
-            return self._contract(weights)
-        right = (self._right * weights[:, None, None, None]).permute(1, 2, 0, 3).flatten(2)
-        return self._to_weight(right @ self._left.transpose(0, 1).flatten(1, 2))
+        if self.contract is not None:
+            return self.contract(weights)
+        right = (self.right * weights[:, None, None, None]).permute(1, 2, 0, 3).flatten(2)
+        return as_weight(right @ self.left.transpose(0, 1).flatten(1, 2), self.shape)
 
     def inner(self, weight: Tensor) -> Tensor:
         """<gradient of patient p, weight> for each patient (P,)."""
-        matrix = self._to_matrix(weight)
-        if self._gradients is not None:
-            return (self._gradients * matrix).flatten(1).sum(1)
-        return ((matrix @ self._left.transpose(2, 3)) * self._right).flatten(1).sum(1)
-
-    def _to_weight(self, matrix: Tensor) -> Tensor:
-        if len(self._shape) == 2:
-            return matrix[0]
-        rows, channels, height, width = self._shape
-        return matrix.reshape(rows, height, width, channels).permute(0, 3, 1, 2)
-
-    def _to_matrix(self, weight: Tensor) -> Tensor:
         if weight.dim() == 4:
             weight = weight.permute(0, 2, 3, 1)
-        return weight.reshape(self._left.shape[1], self._right.shape[2], self._left.shape[3])
+        matrix = weight.reshape(self.left.shape[1], self.right.shape[2], self.left.shape[3])
+        return ((matrix @ self.left.transpose(2, 3)) * self.right).flatten(1).sum(1)
+
+
+def as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """(..., G, p, d) -> (..., *shape): groups in a row, and a convolution's columns (h, w, channel) in torch's order."""
+    if len(shape) == 2:
+        return matrix.squeeze(-3)
+    rows, channels, height, width = shape
+    return matrix.reshape(*matrix.shape[:-3], rows, height, width, channels).movedim(-1, -3)
 
 
 class Looked:
