@@ -8,7 +8,8 @@ Recipes: ``real`` (the classifier trained on the real training patients: ceiling
 images: floor), ``scratch`` and ``warm`` (adversarial, from random or public weights), ``embedding`` (public weights
 fitted to the private mean embedding) and ``hybrid`` (that, then adversarial refinement). Arrangements: ``federated``
 (three sites of n patients), ``pooled`` (one site of 3 n), ``single`` (one site of n, the northern one). All are tested on
-the same held-out patients of all three sites. Cohorts come from ``cohorts.py``, public weights from ``warm_start.py``.
+the same held-out patients of all three sites. A line of options other than a run's identity (shares, rounds, fit) belongs
+in an ``--out`` of its own. Cohorts come from ``cohorts.py``, public weights from ``warm_start.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from fedsynth.metrics.domain_extractor import DomainExtractor
 from fedsynth.models.dcgan import make_generator
 from fedsynth.plan import StudyPlan, WarmStart
-from fedsynth.records import PUBLIC, State
+from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training.adversarial import ImagePatients
 from fedsynth_server.warm_start import load_warm_start
@@ -43,10 +44,8 @@ from fedsynth_simulations.benchmarking.recipes import (
     Conditions,
     Recipe,
     Shares,
-    SiteRows,
+    SiteData,
     Steps,
-    embedding_rows,
-    moments_rows,
     pooled,
     recipe_plan,
     run_recipe,
@@ -92,7 +91,14 @@ class Bench:
         self.dice: bool = given.dice
         self.drawn: int = given.drawn
         self.shares = Shares(given.profiles_share, given.image_share, given.image_share, *given.hybrid_shares)
-        self.steps = Steps(given.scratch_rounds, given.warm_rounds, given.hybrid_rounds)
+        self.steps = Steps(
+            given.scratch_rounds,
+            given.warm_rounds,
+            given.hybrid_rounds,
+            given.fit_steps,
+            given.fit_learning_rate,
+            given.dimensions,
+        )
         weights, start = load_warm_start(given.start)
         self.weights: dict[str, State] = weights
         self.start: WarmStart = start
@@ -121,19 +127,11 @@ class Bench:
         return load_site(self.cohorts, self.cohort_seed, site, "train", self.most, self.size)
 
     @lru_cache(maxsize=3)  # noqa: B019
-    def rows(self, site: str) -> SiteRows:
-        """What the engines take of a site; rows of a statistic are computed once, since they depend on nothing else."""
-        patients = self.train(site)
-        private = ImagePatients(
-            patients.slices(), torch.from_numpy(patients.morphology), torch.from_numpy(patients.labels)
-        )
-        genes = torch.from_numpy(patients.genes)
-        plan = recipe_plan(self.plan, "embedding", 10.0, self.weights, self.start, self.shares, self.steps)
-        return SiteRows(
-            private,
-            moments_rows(plan, self.weights, genes, private) if PUBLIC["moments"] in self.weights else None,
-            embedding_rows(plan, self.weights, private) if PUBLIC["embedding"] in self.weights else None,
-        )
+    def site(self, name: str) -> SiteData:
+        """What the engines take of a site."""
+        patients = self.train(name)
+        morphology, labels = torch.from_numpy(patients.morphology), torch.from_numpy(patients.labels)
+        return SiteData(ImagePatients(patients.slices(), morphology, labels), torch.from_numpy(patients.genes))
 
     def public_conditions(self) -> SyntheticProfiles:
         """Conditions of the public cohort, without genes."""
@@ -186,6 +184,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scratch-rounds", type=int, default=20)
     parser.add_argument("--warm-rounds", type=int, default=3)
     parser.add_argument("--hybrid-rounds", type=int, default=3)
+    parser.add_argument("--fit-steps", type=int)
+    parser.add_argument("--fit-learning-rate", type=float)
+    parser.add_argument("--dimensions", type=int)
     return parser.parse_args()
 
 
@@ -194,8 +195,8 @@ def _runs(given: argparse.Namespace) -> Iterator[Run]:
     for seed in given.seeds:
         if "public" in given.recipes:
             yield Run("public", math.inf, 0, "pooled", seed, given.size, "public")
-        for patients, arrangement in itertools.product(given.patients, given.arrangements):
-            if "real" in given.recipes and arrangement != "federated":  # real patients have no noise that would differ
+        for patients, arrangement in itertools.product(given.patients, ("pooled", "single")):
+            if "real" in given.recipes:  # without noise, federated patients are pooled ones
                 yield Run("real", math.inf, patients, arrangement, seed, given.size, "public")
         for epsilon, patients, arrangement, recipe in itertools.product(
             given.epsilons, given.patients, given.arrangements, given.recipes
@@ -223,7 +224,7 @@ def _do(bench: Bench, run: Run) -> dict[str, object]:
 
 def _synthesise(bench: Bench, run: Run, recipe: Recipe) -> tuple[StudyPlan, Volumes, dict[str, float]]:
     sites = _sites(bench, run)
-    declared = {name: max(len(rows.patients.labels), 1) for name, rows in sites.items()} or {"none": 1000}
+    declared = {name: max(len(site.patients.labels), 1) for name, site in sites.items()} or {"none": 1000}
     base = benchmark_plan(bench.size, declared, warm_start=bench.start)
     plan = recipe_plan(base, recipe, run.epsilon, bench.weights, bench.start, bench.shares, bench.steps)
     outcome = run_recipe(
@@ -244,11 +245,11 @@ def _synthesise(bench: Bench, run: Run, recipe: Recipe) -> tuple[StudyPlan, Volu
     return plan, draw_volumes(plan, model, profiles, draws), outcome.report
 
 
-def _sites(bench: Bench, run: Run) -> dict[str, SiteRows]:
+def _sites(bench: Bench, run: Run) -> dict[str, SiteData]:
     if run.recipe == "public":
         return {}
     names = NAMES[:1] if run.arrangement == "single" else NAMES
-    sites = {name: bench.rows(name).first(run.patients) for name in names}
+    sites = {name: bench.site(name).first(run.patients) for name in names}
     return {"all": pooled(sites)} if run.arrangement == "pooled" else sites
 
 

@@ -95,8 +95,9 @@ def _statistics(
     model = make_generator(plan)
     model.load_state_dict(generator)
     draws = torch.Generator().manual_seed(seed + 1)
+    moments = public_moments_weights(profiles, public.morphology.numpy(), _COMPONENTS)
     return {
-        PUBLIC["moments"]: public_moments_weights(profiles, public.morphology.numpy(), _COMPONENTS),
+        PUBLIC["moments"]: {name: tensor.contiguous() for name, tensor in moments.items()},
         PUBLIC["embedding"]: embedding_state(plan, public, masks, model, draws),
     }
 

@@ -52,50 +52,42 @@ class Shares:
 
 @dataclass(frozen=True)
 class Steps:
-    """Lengths of the adversarial parts, in rounds of 20 private steps at each site."""
+    """Lengths: of the adversarial parts in rounds of 20 private steps at each site, and of the fit to the embedding.
+
+    None leaves the plan's default.
+    """
 
     scratch: int = 20
     warm: int = 3
     hybrid: int = 3
+    fit: int | None = None
+    fit_learning_rate: float | None = None
+    dimensions: int | None = None
 
 
 @dataclass(frozen=True)
-class SiteRows:
-    """A site's training patients as the engines take them.
-
-    Attributes:
-        patients: for the adversarial engine.
-        moments: (N, D) rows of the moments, or None where conditions are public.
-        embedding: (N, E) rows of the embedding, or None where no recipe needs them.
-    """
+class SiteData:
+    """A site's training patients: images, morphology and labels, and genes (N, G)."""
 
     patients: ImagePatients
-    moments: Tensor | None
-    embedding: Tensor | None
+    genes: Tensor
 
-    def first(self, n: int) -> SiteRows:
+    def first(self, n: int) -> SiteData:
         """The first `n` patients."""
         p = self.patients
-        return SiteRows(
-            ImagePatients(p.slices[:n], p.morphology[:n], p.labels[:n]),
-            None if self.moments is None else self.moments[:n],
-            None if self.embedding is None else self.embedding[:n],
-        )
+        return SiteData(ImagePatients(p.slices[:n], p.morphology[:n], p.labels[:n]), self.genes[:n])
 
 
-def pooled(sites: Mapping[str, SiteRows]) -> SiteRows:
+def pooled(sites: Mapping[str, SiteData]) -> SiteData:
     """All sites' patients as if they were one site's."""
-    rows = list(sites.values())
-    moments_rows = [site.moments for site in rows if site.moments is not None]
-    embedding_rows = [site.embedding for site in rows if site.embedding is not None]
-    return SiteRows(
+    parts = [site.patients for site in sites.values()]
+    return SiteData(
         ImagePatients(
-            torch.cat([site.patients.slices for site in rows]),
-            torch.cat([site.patients.morphology for site in rows]),
-            torch.cat([site.patients.labels for site in rows]),
+            torch.cat([part.slices for part in parts]),
+            torch.cat([part.morphology for part in parts]),
+            torch.cat([part.labels for part in parts]),
         ),
-        torch.cat(moments_rows) if moments_rows else None,
-        torch.cat(embedding_rows) if embedding_rows else None,
+        torch.cat([site.genes for site in sites.values()]),
     )
 
 
@@ -134,6 +126,12 @@ def recipe_plan(
         budget_share=shares.hybrid_embedding if hybrid else shares.embedding,
         public=_public(weights, "embedding"),
     )
+    asked = {
+        "fit_steps": steps.fit,
+        "fit_learning_rate": steps.fit_learning_rate,
+        "dimensions": steps.dimensions,
+    }
+    images = images.model_copy(update={name: value for name, value in asked.items() if value is not None})
     changed = base.model_copy(
         update={
             "privacy": base.privacy.model_copy(update={"epsilon": min(target_epsilon, _NO_LIMIT)}),
@@ -169,7 +167,7 @@ class Outcome:
 
 def run_recipe(
     plan: StudyPlan,
-    sites: Mapping[str, SiteRows],
+    sites: Mapping[str, SiteData],
     weights: Mapping[str, State],
     public_conditions: SyntheticProfiles,
     conditions: Conditions,
@@ -195,37 +193,33 @@ def run_recipe(
     report = _spent(plan, history, noise)
     pool = public_conditions
     if conditions == "moments":
-        totals = {
-            name: release_statistic(_needed(rows.moments), history[name]["moments"], 1.0, randomness[name]).weights
-            for name, rows in sites.items()
-        }
+        public = weights[PUBLIC["moments"]]
+        totals = {}
+        for name, site in sites.items():
+            rows = moments.rows(plan, public, site.genes, site.patients.morphology, site.patients.labels)
+            totals[name] = release_statistic(rows, history[name]["moments"], 1.0, randomness[name]).weights
         declared = sum(plan.site(name).nominal_patients for name in sites)
         noise_sd = _noise_sd(history, "moments")
-        state, fit = fit_moments(plan, weights[PUBLIC["moments"]], summed(totals)["total"], noise_sd, declared)
+        state, fit = fit_moments(plan, public, summed(totals)["total"], noise_sd, declared)
         report |= {f"moments_{key}": value for key, value in fit.items()}
         pool = profile_model(plan, {PROFILES: state}).draw(_POOL, draws)
     generator, critic = _start(plan, weights, draws)
     if plan.embedding is not None:
-        totals = {
-            name: release_statistic(_needed(rows.embedding), history[name]["embedding"], 1.0, randomness[name]).weights
-            for name, rows in sites.items()
-        }
-        generator, fit = fit_generator(
-            plan,
-            generator,
-            weights[PUBLIC["embedding"]],
-            summed(totals)["total"],
-            _noise_sd(history, "embedding"),
-            pool,
-            draws,
-        )
+        public = weights[PUBLIC["embedding"]]
+        totals = {}
+        for name, site in sites.items():
+            p = site.patients
+            rows = embedding.rows(plan, public, p.slices, p.morphology, p.labels)
+            totals[name] = release_statistic(rows, history[name]["embedding"], 1.0, randomness[name]).weights
+        noise_sd = _noise_sd(history, "embedding")
+        generator, fit = fit_generator(plan, generator, public, summed(totals)["total"], noise_sd, pool, draws)
         report |= {f"embedding_{key}": value for key, value in fit.items()}
     if plan.gan.rounds:
         generator = _adversarial(plan, generator, critic, sites, history, randomness, pool)
     return Outcome(generator, pool, report)
 
 
-def _mechanisms(plan: StudyPlan, sites: Mapping[str, SiteRows], noise: bool) -> dict[str, dict[Module, Mechanism]]:
+def _mechanisms(plan: StudyPlan, sites: Mapping[str, SiteData], noise: bool) -> dict[str, dict[Module, Mechanism]]:
     """Each site's mechanisms over the whole study."""
     found: dict[str, dict[Module, Mechanism]] = {}
     for name in sites:
@@ -251,12 +245,6 @@ def _noise_sd(history: Mapping[str, Mapping[Module, Mechanism]], module: Module)
     return math.sqrt(sum(site[module].noise_multiplier ** 2 for site in history.values()))
 
 
-def _needed(rows: Tensor | None) -> Tensor:
-    if rows is None:
-        raise ValueError("the recipe needs rows of a statistic that were not computed")
-    return rows
-
-
 def _start(plan: StudyPlan, weights: Mapping[str, State], draws: torch.Generator) -> tuple[State, State]:
     if plan.gan.warm_start is not None:
         return weights["generator"], weights["discriminator"]
@@ -270,7 +258,7 @@ def _adversarial(
     plan: StudyPlan,
     start: State,
     critic: State,
-    sites: Mapping[str, SiteRows],
+    sites: Mapping[str, SiteData],
     history: Mapping[str, Mapping[Module, Mechanism]],
     randomness: Mapping[str, SeededRandomness],
     pool: SyntheticProfiles,
@@ -280,22 +268,11 @@ def _adversarial(
     local = {name: {f"model/{key}": tensor for key, tensor in critic.items()} for name in sites}
     for _ in range(plan.gan.rounds):
         replies: dict[str, State] = {}
-        for name, rows in sites.items():
+        for name, site in sites.items():
             whole = history[name]["gan"]
             block = Mechanism(whole.sample_rate, whole.noise_multiplier, plan.gan.steps_per_round)
-            result = train_gan(plan, shared, local[name], pool, rows.patients, block, randomness[name])
+            result = train_gan(plan, shared, local[name], pool, site.patients, block, randomness[name])
             replies[name], local[name] = result.weights, result.local
         shared = weighted_average(replies, site_weights(plan, sorted(replies)))
         average = moving_average(average, shared, plan.gan.ema_decay)
     return average
-
-
-def embedding_rows(plan: StudyPlan, weights: Mapping[str, State], patients: ImagePatients) -> Tensor:
-    """(N, E) rows of the embedding."""
-    public = weights[PUBLIC["embedding"]]
-    return embedding.rows(plan, public, patients.slices, patients.morphology, patients.labels)
-
-
-def moments_rows(plan: StudyPlan, weights: Mapping[str, State], genes: Tensor, patients: ImagePatients) -> Tensor:
-    """(N, D) rows of the moments."""
-    return moments.rows(plan, weights[PUBLIC["moments"]], genes, patients.morphology, patients.labels)
