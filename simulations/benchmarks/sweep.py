@@ -56,6 +56,7 @@ from fedsynth_simulations.hospitals.sites import SITES
 
 Arrangement = Literal["federated", "pooled", "single"]
 ARRANGEMENTS: tuple[Arrangement, ...] = ("federated", "pooled", "single")
+_OF_REAL: tuple[Arrangement, ...] = ("pooled", "single")
 NAMES: tuple[str, ...] = tuple(site.name for site in SITES)
 _HOLDOUT, _PUBLIC = 100, 300
 _EXTRACTOR_SEED = 1
@@ -195,7 +196,7 @@ def _runs(given: argparse.Namespace) -> Iterator[Run]:
     for seed in given.seeds:
         if "public" in given.recipes:
             yield Run("public", math.inf, 0, "pooled", seed, given.size, "public")
-        for patients, arrangement in itertools.product(given.patients, ("pooled", "single")):
+        for patients, arrangement in itertools.product(given.patients, _OF_REAL):
             if "real" in given.recipes:  # without noise, federated patients are pooled ones
                 yield Run("real", math.inf, patients, arrangement, seed, given.size, "public")
         for epsilon, patients, arrangement, recipe in itertools.product(
