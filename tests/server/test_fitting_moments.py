@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsynth.engines.moments import Sizes, layout, public_template, rows, unpack
+from fedsynth.engines.moments import Sizes, layout, public_template, rows, rows_of_size, unpack
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, linear_gaussian_template, public_prior
 from fedsynth.plan import StudyPlan
 from fedsynth_server.fitting.moments import attenuation, estimate_counts, fit_moments, fit_sum, shrink
@@ -215,6 +215,20 @@ def test_shrinkage_keeps_a_signal_and_removes_noise() -> None:
     assert float((found - truth).square().mean()) == pytest.approx(0.2, abs=0.03)  # 1 * 0.25 / 1.25
     nothing = 0.5 * torch.randn(2000, generator=draws, dtype=torch.float64)
     assert float(shrink(nothing, variance).abs().max()) < 0.1
+
+
+def test_genes_and_labels_alone_are_fitted_too(public: dict[str, Tensor]) -> None:
+    size = Sizes(classes=2, components=COMPONENTS, features=0)
+    genes_only = {**public, "morphology_centre": torch.zeros(0), "morphology_scale": torch.zeros(0)}
+    genes, _, labels = draw_truth(public, 60_000, 9)
+    found = rows_of_size(size, genes_only, genes, torch.zeros(60_000, 0), labels)
+    assert float(found.norm(dim=1).max()) <= 1.0
+    state, _ = fit_sum(size, genes_only, found.double().sum(0), 0.0, 60_000)
+    torch.testing.assert_close(state["means"], TRUTH["means"][:, :COMPONENTS], atol=0.02, rtol=0)
+    torch.testing.assert_close(state["covariance"], TRUTH["covariance"][:COMPONENTS, :COMPONENTS], atol=0.05, rtol=0)
+    drawn = LinearGaussianProfiles(state, clip=4.0).draw(7, torch.Generator().manual_seed(0))
+    assert drawn.genes.shape == (7, GENES)
+    assert drawn.morphology.shape == (7, 0)
 
 
 def test_a_sum_of_another_length_is_refused(public: dict[str, Tensor]) -> None:

@@ -100,7 +100,7 @@ def fit_moments(
 def fit_sum(
     size: Sizes, public: Mapping[str, Tensor], total: Tensor, noise_sd: float, patients: int
 ) -> tuple[State, dict[str, float]]:
-    """`fit_moments` for moments of given sizes."""
+    """`fit_moments` for moments of given sizes; without features, a model of genes and label alone."""
     moments, noise = unpack(size, total), noise_variances(size, noise_sd)
     r = size.components
     of_genes, of_morphology = attenuation(r), attenuation(size.features)
@@ -132,9 +132,9 @@ def fit_sum(
     within = _usable(whole - between)
     state = public_prior(size, public)
     fitted = {"class_prior": counts.prior, "means": means, "covariance": within}
-    signal = float(link.square().mean())
+    signal = float(link.square().sum())
     report = {
-        "noise_to_signal": min(math.sqrt(float(link_noise.mean()) / signal), 1000.0) if signal > 0 else 1000.0,
+        "noise_to_signal": min(math.sqrt(float(link_noise.sum()) / signal), 1000.0) if signal > 0 else 1000.0,
         "kept_link": float(link.norm() / raw_link.norm().clamp(min=1e-12)),
     }
     return {**state, **{name: value.to(torch.float32) for name, value in fitted.items()}}, report
@@ -155,13 +155,13 @@ def estimate_counts(moments: Mapping[str, Tensor], noise: Mapping[str, Tensor], 
     both = torch.minimum(_near(moments["pair_counts"], noise["pair_counts"], fewer), fewer).clamp(min=1.0)
 
     # The shares of the classes, from patients with a profile and from those with features alike.
-    weights = torch.cat([torch.ones(1), torch.full((len(features),), 1 / len(features))]).double()
+    weights = torch.cat([torch.ones(1), torch.full((len(features),), 1 / max(len(features), 1))]).double()
     votes, votes_noise = noisy[:classes] @ weights, variance[:classes] @ weights**2
-    voters = _near(votes.sum(), votes_noise.sum(), 2 * declared).clamp(min=1.0)
+    voters = _near(votes.sum(), votes_noise.sum(), weights.sum() * declared).clamp(min=1.0)
     even = 1 / classes
     # Variance of a share when all compositions are equally likely.
     spread = torch.tensor((classes - 1) / (classes**2 * (classes + 1)), dtype=torch.float64)
-    share_noise = votes_noise / voters**2 + even * (1 - even) / (0.5 * voters)
+    share_noise = votes_noise / voters**2 + even * (1 - even) / (voters / weights.sum())
     prior = even + (votes / voters - even) * spread / (spread + share_noise)
     prior = prior.clamp(min=0.01)
     prior = prior / prior.sum()
@@ -196,6 +196,8 @@ def attenuation(d: int) -> Attenuation:
     variance keeps E min(n^2, R^2) / d; differences of variances, and covariances, keep that less
     2 R^2 P(n > R) / (d (d + 2)).
     """
+    if d == 0:
+        return Attenuation(1.0, 1.0, 1.0)
     bound = CLIPPED_MEAN_SQUARE * d
     within, beyond = float(chi2.cdf(bound, d + 2)), float(chi2.sf(bound, d))
     mean_norm = math.sqrt(2.0) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
@@ -236,6 +238,8 @@ def _covariance(moments: Tensor, noise: Tensor, counts: Tensor, left: Attenuatio
         middle: (d,) estimated mean.
     """
     width = len(moments)
+    if width == 0:
+        return moments
     pairs = torch.minimum(counts[:, None], counts[None, :])
     raw = moments / pairs
     level = raw.diagonal().mean()

@@ -86,13 +86,14 @@ def layout(size: Sizes) -> dict[str, Block]:
     and each feature; ``pair_counts`` (F,) those with a profile and the feature; ``class_genes`` (K, r) and
     ``class_morphology`` (K, F) are sums by class; ``link`` (r, F) is the sum of u m'; ``genes`` and ``morphology`` are
     the upper triangles of the sums of u u' and m m' with off-diagonal entries times sqrt 2, which makes their norm that
-    of the full matrices.
+    of the full matrices. With F = 0 the blocks of
+    features are empty.
     """
     k, r, f = size.classes, size.components, size.features
     largest_u, largest_m = size.genes_radius, size.morphology_radius
     # Entries of the first row: sqrt(2) bounds a profile's 1 and F features' 1 / sqrt(F) together.
     largest = {
-        "class_counts": math.sqrt(2.0),
+        "class_counts": math.sqrt(2.0 if f else 1.0),
         "pair_counts": 1.0,
         "class_genes": largest_u,
         "class_morphology": largest_m,
@@ -109,7 +110,11 @@ def layout(size: Sizes) -> dict[str, Block]:
         "link": (r, f),
         "morphology": (f * (f + 1) // 2,),
     }
-    return {name: Block(shapes[name], math.sqrt(share) / largest[name]) for name, share in _SHARES.items()}
+    # Without features, the shares of the blocks that are left add up to 1 as well.
+    whole = sum(share for name, share in _SHARES.items() if math.prod(shapes[name]))
+    return {
+        name: Block(shape, math.sqrt(_SHARES[name] / whole) / (largest[name] or 1.0)) for name, shape in shapes.items()
+    }
 
 
 def row_size(plan: StudyPlan) -> int:
@@ -134,10 +139,17 @@ def public_template(plan: StudyPlan) -> State:
 
 
 def rows(plan: StudyPlan, public: Mapping[str, Tensor], genes: Tensor, morphology: Tensor, labels: Tensor) -> Tensor:
+    """One row a patient, see `rows_of_size`; `plan` says which sizes."""
+    return rows_of_size(sizes(plan), public, genes, morphology, labels)
+
+
+def rows_of_size(
+    size: Sizes, public: Mapping[str, Tensor], genes: Tensor, morphology: Tensor, labels: Tensor
+) -> Tensor:
     """One row a patient, each a function of that patient and public weights alone.
 
     Args:
-        plan: the study plan.
+        size: of the moments; without features, rows are about genes and label alone.
         public: as `public_template` describes.
         genes: (N, G) on the plan's scale. A row with any value that is not finite is a patient without a profile.
         morphology: (N, F) in [0, 1], not finite where not measured.
@@ -149,11 +161,10 @@ def rows(plan: StudyPlan, public: Mapping[str, Tensor], genes: Tensor, morpholog
     Raises:
         ValueError: shapes that do not belong together, or a label that is no class code.
     """
-    size = sizes(plan)
-    count = len(labels)
-    if genes.shape != (count, len(plan.genes.panel)) or morphology.shape != (count, size.features):
+    count, panel = len(labels), len(public["basis"])
+    if genes.shape != (count, panel) or morphology.shape != (count, size.features):
         raise ValueError(
-            f"expected genes ({count}, {len(plan.genes.panel)}) and morphology ({count}, {size.features}), "
+            f"expected genes ({count}, {panel}) and morphology ({count}, {size.features}), "
             f"got {tuple(genes.shape)} and {tuple(morphology.shape)}"
         )
     if count and (int(labels.min()) < -1 or int(labels.max()) >= size.classes):
@@ -162,10 +173,11 @@ def rows(plan: StudyPlan, public: Mapping[str, Tensor], genes: Tensor, morpholog
     m, measured = _standardised(public, morphology, size)
     one_hot = torch.nn.functional.one_hot(labels.long() % (size.classes + 1), size.classes + 1).double()
     # Python's modulo: -1, unknown, becomes the last column.
-    present = torch.cat([has_profile[:, None], measured / math.sqrt(size.features)], dim=1)
+    per_feature = measured / math.sqrt(max(size.features, 1))
+    present = torch.cat([has_profile[:, None], per_feature], dim=1)
     parts = {
         "class_counts": _outer(one_hot, present),
-        "pair_counts": has_profile[:, None] * measured / math.sqrt(size.features),
+        "pair_counts": has_profile[:, None] * per_feature,
         "class_genes": _outer(one_hot[:, :-1], u),
         "class_morphology": _outer(one_hot[:, :-1], m),
         "genes": pack_symmetric(u[:, :, None] * u[:, None, :]),
