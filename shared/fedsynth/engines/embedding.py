@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 TARGETS = 8  # that the public network is trained to predict
 COMPONENTS = 40  # principal components of the features of a slice
-_PRODUCTS = 12  # of them, those whose products are features, too
+_PRODUCTS = 16  # of them, those whose products are features, too
 DEVIATIONS = COMPONENTS + _PRODUCTS * (_PRODUCTS + 1) // 2
 COUNT_WEIGHT = 0.25  # of the one-hot: a fair noisy count, and less than a thirtieth of the norm of the rest is lost
 _HEADROOM = 2.0  # mean square norm of public rows below the clip
