@@ -112,7 +112,7 @@ def shared_noise() -> Table:
 
 
 def costs() -> Table:
-    """Seconds of an allocation of five modules from cold, and of one epsilon; best of three under RDP."""
+    """CPU time of an allocation of five modules from cold; best of three under RDP."""
     rows: list[list[str | float]] = []
     for patients in COHORTS:
         demands, delta = study(patients), 1 / (10 * patients)
@@ -120,15 +120,15 @@ def costs() -> Table:
             rdp = min(_seconds(partial(allocate, demands, target, delta)) for _ in range(3))
             prv = _seconds(partial(allocate, demands, target, delta, "prv"))
             rows.append([str(patients), target, 1000 * rdp, prv])
-    return Table("Time of an allocation of five modules", ["n", "epsilon", "RDP, ms", "PRV, s"], rows)
+    return Table("CPU time of an allocation of five modules", ["n", "epsilon", "RDP, ms", "PRV, s"], rows)
 
 
 def _seconds(work: Callable[[], object]) -> float:
     accounting._rdp_of_one_step.cache_clear()
     accounting._prv_epsilon.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:
