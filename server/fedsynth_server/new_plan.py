@@ -12,7 +12,7 @@ from scipy.stats import norm
 from fedsynth.errors import UsageError
 from fedsynth.plan import AggregationPlan, GenePlan, PrivacyPlan, SitePlan, StudyPlan
 from fedsynth.recommend import PublicStarts, recommend
-from fedsynth_server.warm_start import load_warm_start, public_starts
+from fedsynth_server.warm_start import public_starts
 
 _QUANTILE_POINTS = 201
 _LARGEST_SCORE = 3.0
@@ -45,21 +45,22 @@ def new_plan(
     """
     table = _panel(panel)
     declared = [_site(text) for text in sites]
-    starts = public_starts(*load_warm_start(warm_start)) if warm_start else PublicStarts()
     try:
+        genes = GenePlan.model_validate(
+            {
+                "panel": table["gene"].tolist(),
+                "measure": measure,
+                "reference_quantiles": _normal_quantiles(),
+                "center": table["center"].tolist(),
+                "scale": table["scale"].tolist(),
+            }
+        )
+        starts = public_starts(warm_start, genes) if warm_start else PublicStarts()
         recommended = recommend([s.nominal_patients for s in declared], starts)
         return StudyPlan(
             name=name,
             purpose=purpose,
-            genes=GenePlan.model_validate(
-                {
-                    "panel": table["gene"].tolist(),
-                    "measure": measure,
-                    "reference_quantiles": _normal_quantiles(),
-                    "center": table["center"].tolist(),
-                    "scale": table["scale"].tolist(),
-                }
-            ),
+            genes=genes,
             privacy=PrivacyPlan(epsilon=epsilon, delta=delta),
             **vars(recommended),
             aggregation=AggregationPlan(min_sites=math.ceil(len(declared) / 2)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,22 +12,31 @@ from safetensors.torch import save
 
 from fedsynth.errors import UsageError
 from fedsynth.files import write_atomic
-from fedsynth.plan import PublicWeights, WarmStart
+from fedsynth.plan import GenePlan, PublicWeights, WarmStart
 from fedsynth.recommend import PublicStarts
 from fedsynth.records import PUBLIC, State, state_digest
 
 
-def save_warm_start(path: Path, weights: dict[str, State], provenance: dict[str, str]) -> None:
+def save_warm_start(
+    path: Path, weights: dict[str, State], provenance: dict[str, str], genes: GenePlan | None = None
+) -> None:
     """Write state dicts by name as one safetensors file.
 
     Args:
         path: the file.
         weights: ``generator``, ``discriminator`` and, where there are any, ``autoencoder``, ``moments_public`` and
-            ``embedding_public``. They are stored as float16: half the size, and a plan's digests are of what is read.
+            ``embedding_public``. Networks are stored as float16, half the size, and a plan's digests are of what is read;
+            scales and variances of the statistics need the range of float32.
         provenance: how they were made and from what public data.
+        genes: the panel of ``autoencoder`` and ``moments_public``; without it no plan can use them.
     """
-    tensors = {f"{name}/{key}": tensor.half() for name, state in weights.items() for key, tensor in state.items()}
-    write_atomic(path, save(tensors, {"provenance": json.dumps(provenance, sort_keys=True)}))
+    tensors = {
+        f"{name}/{key}": (tensor.float() if name in PUBLIC.values() else tensor.half()).contiguous()
+        for name, state in weights.items()
+        for key, tensor in state.items()
+    }
+    metadata = {"provenance": json.dumps(provenance, sort_keys=True), "genes": genes.identity if genes else ""}
+    write_atomic(path, save(tensors, metadata))
 
 
 def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
@@ -35,10 +45,34 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
     Raises:
         UsageError: ``warm_start_unreadable``.
     """
+    weights, start, _ = _read(path)
+    return weights, start
+
+
+def public_starts(path: Path, genes: GenePlan) -> PublicStarts:
+    """What a plan over `genes` can say of the weights in the file; those over other genes are left out.
+
+    Raises:
+        UsageError: ``warm_start_unreadable``.
+    """
+    weights, start, identity = _read(path)
+
+    def named(name: str) -> PublicWeights | None:
+        if name not in weights:
+            return None
+        return PublicWeights(sha256=state_digest(weights[name]), provenance=start.provenance)
+
+    starts = PublicStarts(gan=start, embedding=named(PUBLIC["embedding"]))
+    if identity != genes.identity:
+        return starts
+    return replace(starts, autoencoder=named("autoencoder"), moments=named(PUBLIC["moments"]))
+
+
+def _read(path: Path) -> tuple[dict[str, State], WarmStart, str]:
     weights: dict[str, State] = {"generator": {}, "discriminator": {}}
     try:
         with safe_open(path, framework="pt") as file:
-            provenance = json.loads(file.metadata()["provenance"])
+            provenance, genes = json.loads(file.metadata()["provenance"]), file.metadata().get("genes", "")
             for full_name in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, key = full_name.partition("/")
                 weights.setdefault(name, {})[key] = file.get_tensor(full_name).to(torch.float32)
@@ -54,15 +88,4 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
             "warm_start_unreadable",
             f"{path} does not hold generator, discriminator and provenance ({type(error).__name__}).",
         ) from None
-    return weights, start
-
-
-def public_starts(weights: dict[str, State], start: WarmStart) -> PublicStarts:
-    """What a plan can say of all the weights that `load_warm_start` read."""
-
-    def named(name: str) -> PublicWeights | None:
-        if name not in weights:
-            return None
-        return PublicWeights(sha256=state_digest(weights[name]), provenance=start.provenance)
-
-    return PublicStarts(start, named("autoencoder"), named(PUBLIC["moments"]), named(PUBLIC["embedding"]))
+    return weights, start, genes

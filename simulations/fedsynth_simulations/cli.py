@@ -85,8 +85,17 @@ def pretrain(
     patients: Annotated[int, typer.Option(min=16, help="Public simulated patients to train on.")] = 1600,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 3500,
     seed: Annotated[int, typer.Option(help="Of the public cohort and the training.")] = 11,
+    networks_from: Annotated[
+        Path | None, typer.Option(help="Take the networks from this file and renew the statistics' weights alone.")
+    ] = None,
 ) -> None:
-    """Pre-train generator and discriminator on a public simulated cohort: the warm start that the package carries."""
-    from fedsynth_simulations.weights import make_warm_start
+    """Make the public weights that the package carries, on a public simulated cohort without any private data.
 
-    make_warm_start(out, patients, steps, seed)
+    Generator, discriminator and autoencoder to start from, and the directions and features that statistics are taken in.
+    """
+    from fedsynth_simulations.weights import make_warm_start, renew_statistics
+
+    if networks_from is not None:
+        renew_statistics(out, networks_from, patients, seed)
+    else:
+        make_warm_start(out, patients, steps, seed)

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -201,19 +201,18 @@ def _plan(out: Path, settings: Settings, sources: dict[str, Path]) -> StudyPlan:
         return load_plan(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     real = bool(settings.site_folders)
+    genes = zscore_genes() if real else simulated_genes()
     starts = PublicStarts()
     if settings.warm_start:
         file = packaged_warm_start() if settings.warm_start == PACKAGED else Path(settings.warm_start)
-        starts = public_starts(*load_warm_start(file))
-        if real:
-            # Real genes do not move together as simulated ones do, so what was learnt from simulated genes stays away.
-            starts = replace(starts, autoencoder=None, moments=None)
+        # Real genes do not move together as simulated ones do; tables of z-scores keep simulated abundances away.
+        starts = public_starts(file, genes)
         shutil.copyfile(file, path.parent / "warm-start.safetensors")
     plan = study_plan(
         "research-sites" if real else "simulated-sites",
         "Try the software on public research data on one machine." if real else "Show a whole study on one machine.",
         {name: _declared(each, settings) for name, each in sources.items()},
-        genes=zscore_genes() if real else simulated_genes(),
+        genes=genes,
         epsilon=settings.epsilon,
         starts=starts,
         reproducible_seed=settings.reproducible_seed,

@@ -1,4 +1,4 @@
-"""The warm start that the package carries, and how it was made (`fedsynth simulate pretrain`)."""
+"""The public weights that the package carries, and how they were made (`fedsynth simulate pretrain`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedsynth import __version__
+from fedsynth.models.dcgan import make_generator
+from fedsynth.morphology import normalise
+from fedsynth.plan import MomentsPlan, StudyPlan
 from fedsynth.recommend import PublicStarts
-from fedsynth_server.warm_start import save_warm_start
+from fedsynth.records import PUBLIC, State
+from fedsynth_server.warm_start import load_warm_start, save_warm_start
 from fedsynth_simulations.cohort.expression import public_profiles
-from fedsynth_simulations.cohort.public import public_cohort
+from fedsynth_simulations.cohort.public import PublicCohort, public_cohort
+from fedsynth_simulations.feature_network import embedding_state
+from fedsynth_simulations.gene_basis import public_moments_weights
 from fedsynth_simulations.plans import simulated_genes, study_plan
 from fedsynth_simulations.pretrain import pretrain, pretrain_autoencoder, public_patients
 
@@ -28,26 +35,67 @@ def packaged_warm_start() -> Path:
 
 
 def make_warm_start(out: Path, patients: int, steps: int, seed: int) -> None:
-    """Pre-train on `patients` public simulated patients and write the weights with their provenance to `out`."""
-    plan = study_plan(
-        "public-pretraining",
-        "Fixes the architecture and the grid of the warm start.",
-        {"public": patients},
-        genes=simulated_genes(),
-        epsilon=1.0,
-        starts=PublicStarts(),
-    )
-    public = public_cohort(plan, patients, np.random.default_rng(seed))
+    """Make all public weights from `patients` public simulated patients and write them with their provenance to `out`."""
+    plan = _plan(patients)
+    public, profiles = _public(plan, patients, seed)
     cohort = public_patients(plan, public.images, public.masks, public.morphology, public.labels)
     draws = torch.Generator().manual_seed(seed)
     generator, discriminator = pretrain(plan, cohort, steps, draws)
-    profiles = public_profiles(plan.genes, _PROFILES, np.random.default_rng([seed, 1]))
     autoencoder = pretrain_autoencoder(plan, torch.from_numpy(profiles), draws)
+    networks = {"generator": generator, "discriminator": discriminator, "autoencoder": autoencoder}
     provenance = {
         "data": f"{patients} simulated patients drawn from the MNI152 atlas in the public style, no private data",
         "profiles": f"{_PROFILES} simulated profiles of a public population, no batch effect of any site",
         "method": f"VAE-GAN ({steps} steps) and autoencoder, seed {seed}",
         "software": f"fedsynth {__version__}, `fedsynth simulate pretrain`",
     }
-    weights = {"generator": generator, "discriminator": discriminator, "autoencoder": autoencoder}
-    save_warm_start(out, weights, provenance)
+    _save(out, plan, networks, public, profiles, seed, provenance)
+
+
+def renew_statistics(out: Path, networks_from: Path, patients: int, seed: int) -> None:
+    """Take the networks of another file of public weights, and make anew what private statistics are computed with."""
+    plan = _plan(patients)
+    weights, start = load_warm_start(networks_from)
+    networks = {name: state for name, state in weights.items() if name not in PUBLIC.values()}
+    public, profiles = _public(plan, patients, seed)
+    _save(out, plan, networks, public, profiles, seed, {"networks": start.provenance})
+
+
+def _plan(patients: int) -> StudyPlan:
+    return study_plan(
+        "public-pretraining",
+        "Fixes the architecture and the grid of the public weights.",
+        {"public": patients},
+        genes=simulated_genes(),
+        epsilon=1.0,
+        starts=PublicStarts(),
+    )
+
+
+def _public(plan: StudyPlan, patients: int, seed: int) -> tuple[PublicCohort, NDArray[np.float32]]:
+    public = public_cohort(plan, patients, np.random.default_rng(seed))
+    return public, public_profiles(plan.genes, _PROFILES, np.random.default_rng([seed, 1]))
+
+
+def _save(
+    out: Path,
+    plan: StudyPlan,
+    networks: dict[str, State],
+    public: PublicCohort,
+    profiles: NDArray[np.float32],
+    seed: int,
+    provenance: dict[str, str],
+) -> None:
+    model = make_generator(plan)
+    model.load_state_dict(networks["generator"])
+    cohort = public_patients(plan, public.images, public.masks, public.morphology, public.labels)
+    morphology = normalise(public.morphology, plan.morphology.features)
+    components = int(MomentsPlan.model_fields["components"].default)
+    draws = torch.Generator().manual_seed(seed + 1)
+    statistics = {
+        PUBLIC["moments"]: public_moments_weights(profiles, morphology, components),
+        PUBLIC["embedding"]: embedding_state(plan, cohort, public.masks, model.eval(), draws),
+    }
+    described = f"directions, scales and feature network of the statistics from {len(public.labels)} simulated patients"
+    provenance |= {"statistics": f"{described}, seed {seed}"}
+    save_warm_start(out, networks | statistics, provenance, plan.genes)

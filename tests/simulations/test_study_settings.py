@@ -65,7 +65,7 @@ def test_two_real_folders_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_the_packaged_weights_fit_the_plan_and_say_where_they_come_from() -> None:
     weights, start = load_warm_start(packaged_warm_start())
-    starts = public_starts(weights, start)
+    starts = public_starts(packaged_warm_start(), simulated_genes())
     plan = study_plan("fits", "do the weights fit", {"a": 160}, genes=simulated_genes(), epsilon=10, starts=starts)
     make_generator(plan).load_state_dict(weights["generator"])
     make_discriminator(plan).load_state_dict(weights["discriminator"])
