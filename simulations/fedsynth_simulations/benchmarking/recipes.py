@@ -29,8 +29,8 @@ from fedsynth_server.aggregation import moving_average, site_weights, summed, we
 from fedsynth_server.fitting.embedding import fit_generator
 from fedsynth_server.fitting.moments import fit_moments
 
-Recipe = Literal["public", "scratch", "warm", "embedding", "hybrid"]
-RECIPES: tuple[Recipe, ...] = ("public", "scratch", "warm", "embedding", "hybrid")
+Recipe = Literal["public", "conditions", "scratch", "warm", "embedding", "hybrid"]
+RECIPES: tuple[Recipe, ...] = ("public", "conditions", "scratch", "warm", "embedding", "hybrid")
 Conditions = Literal["moments", "public"]
 
 _POOL = 2048
@@ -111,7 +111,7 @@ def recipe_plan(
         shares: of the budget.
         steps: of the adversarial parts.
     """
-    rounds = {"public": 0, "scratch": steps.scratch, "warm": steps.warm, "embedding": 0, "hybrid": steps.hybrid}[recipe]
+    rounds = {"scratch": steps.scratch, "warm": steps.warm, "hybrid": steps.hybrid}.get(recipe, 0)
     hybrid = recipe == "hybrid"
     gan = base.gan.model_copy(
         update={

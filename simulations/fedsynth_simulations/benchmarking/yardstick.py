@@ -6,6 +6,7 @@ bootstrap intervals and what does not concern images are left out. Nothing is ch
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -217,15 +218,17 @@ def load_extractor(path: Path, public: Patients, names: Sequence[str], seed: int
         names: the plan's sequences, one a channel.
         seed: of its training.
     """
-    cohort = PublicCohort(public.images, public.masks, public.morphology.astype(np.float64), public.labels)
-    images, targets = extractor_task(cohort)
     provenance = f"{len(public)} public simulated patients at {public.images.shape[-1]} pixels"
     if path.exists():
-        extractor = DomainExtractor(len(names), targets.shape[1], provenance)
-        extractor.load_state_dict(load_file(path))
+        state = load_file(path)
+        extractor = DomainExtractor(len(names), len(state["head.1.weight"]), provenance)
+        extractor.load_state_dict(state)
         return extractor.eval()
+    cohort = PublicCohort(public.images, public.masks, public.morphology.astype(np.float64), public.labels)
+    images, targets = extractor_task(cohort)
     extractor = train_extractor(images, targets, torch.Generator().manual_seed(seed), provenance)
-    draft = path.with_suffix(".part")
+    # Two processes may do this at once; they write the same bytes.
+    draft = path.with_suffix(f".{os.getpid()}.part")
     save_file(extractor.state_dict(), draft)
     draft.rename(path)
     return extractor.eval()

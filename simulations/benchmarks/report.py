@@ -1,0 +1,151 @@
+"""Table and figure of a sweep: ``python simulations/benchmarks/report.py --runs runs.jsonl ... --out FOLDER``.
+
+Writes ``recipes.md`` (one table a measure: rows are recipe and epsilon, columns arrangement and patients a site; means
+over seeds, and their standard deviation from two seeds on) and ``recipes.png`` (the area under the curve of tumour-bearing
+slices over patients a site, one panel an epsilon, with ceiling and floor). Seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MEASURES = {
+    "tumour_auc": "AUC of tumour-bearing slice, trained on synthetic, tested on real",
+    "label_auc": "AUC of grade from images, trained on synthetic, tested on real",
+    "dice": "Dice of a segmentation trained on synthetic, tested on real",
+    "frechet": "Fréchet distance in domain features (lower is better)",
+    "recall": "recall of images",
+    "coverage": "coverage of images",
+    "precision": "precision of images",
+    "training_seconds": "seconds of the recipe itself, one thread",
+}
+_ORDER = ("real", "public", "conditions", "scratch", "warm", "embedding", "hybrid")
+_ARRANGEMENTS = ("federated", "pooled", "single")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run: what it is and what was measured."""
+
+    recipe: str
+    epsilon: float
+    patients: int
+    arrangement: str
+    measured: dict[str, float | None]
+
+
+def main() -> None:
+    """Parse the command line and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=32)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    lines = read(given.runs, given.size)
+    text = "\n\n".join(f"### {title}\n\n{table(lines, name)}" for name, title in MEASURES.items())
+    (given.out / "recipes.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    _figure(lines, given.out / "recipes.png")
+
+
+def read(paths: Sequence[Path], size: int) -> list[Line]:
+    """The runs at `size` pixels in the files `paths`."""
+    found = []
+    for path in paths:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(text)
+            if values["size"] == size:
+                measured = {name: values.get(name) for name in MEASURES}
+                found.append(
+                    Line(
+                        values["recipe"], float(values["epsilon"]), values["patients"], values["arrangement"], measured
+                    )
+                )
+    return found
+
+
+def table(lines: Sequence[Line], measure: str) -> str:
+    """A Markdown table of one measure; empty cells were not run."""
+    columns = sorted(
+        {(line.arrangement, line.patients) for line in lines if line.recipe != "public"},
+        key=lambda column: (_ARRANGEMENTS.index(column[0]), column[1]),
+    )
+    rows = sorted({(line.recipe, line.epsilon) for line in lines}, key=lambda row: (_ORDER.index(row[0]), row[1]))
+    head = ["recipe", "epsilon", *(f"{arrangement} {patients}" for arrangement, patients in columns)]
+    text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for recipe, epsilon in rows:
+        shown = "-" if recipe in ("real", "public") else f"{epsilon:g}"
+        cells = [_cell(select(lines, recipe, epsilon, *column), measure) for column in columns]
+        text.append("| " + " | ".join([recipe, shown, *cells]) + " |")
+    return "\n".join(text)
+
+
+def select(lines: Sequence[Line], recipe: str, epsilon: float, arrangement: str, patients: int) -> list[Line]:
+    """Runs of one cell. The floor holds in every column, and real patients of three sites are the pooled ones."""
+    if recipe == "public":
+        return [line for line in lines if line.recipe == recipe]
+    if recipe == "real" and arrangement == "federated":
+        arrangement = "pooled"
+    wanted = (recipe, epsilon, arrangement, patients)
+    return [line for line in lines if (line.recipe, line.epsilon, line.arrangement, line.patients) == wanted]
+
+
+def _values(lines: Sequence[Line], measure: str) -> list[float]:
+    return [value for line in lines if (value := line.measured[measure]) is not None]
+
+
+def _cell(lines: Sequence[Line], measure: str) -> str:
+    values = _values(lines, measure)
+    if not values:
+        return ""
+    digits = 0 if measure == "training_seconds" else 3
+    spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 and digits else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def _figure(lines: Sequence[Line], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    federated = [line for line in lines if line.arrangement == "federated"]
+    epsilons = sorted({line.epsilon for line in federated})
+    if not epsilons:
+        return
+    sizes = sorted({line.patients for line in federated})
+    figure, axes = pyplot.subplots(
+        1, len(epsilons), figsize=(3.2 * len(epsilons), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for panel, epsilon in zip(axes[0], epsilons, strict=True):
+        for recipe in _ORDER:
+            if recipe == "public":
+                floor = _values(select(lines, recipe, epsilon, "", 0), "tumour_auc")
+                if floor:
+                    panel.axhline(float(np.mean(floor)), color="grey", linestyle=":", label="public (floor)")
+                continue
+            own = float("inf") if recipe == "real" else epsilon
+            points = [(n, _values(select(lines, recipe, own, "federated", n), "tumour_auc")) for n in sizes]
+            drawn = [(n, float(np.mean(values))) for n, values in points if values]
+            if drawn:
+                style = "k--" if recipe == "real" else "o-"
+                panel.plot(*zip(*drawn, strict=True), style, label="real (ceiling)" if recipe == "real" else recipe)
+        panel.set_xscale("log")
+        panel.set_xticks(sizes, [str(n) for n in sizes])
+        panel.minorticks_off()
+        panel.set_xlabel("patients at each of 3 sites")
+        panel.set_title("no noise" if np.isinf(epsilon) else f"epsilon {epsilon:g}")
+    axes[0][0].set_ylabel("AUC, train on synthetic, test on real")
+    axes[0][-1].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
