@@ -24,6 +24,9 @@ Module = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan"]
 MODULES: tuple[Module, ...] = ("moments", "autoencoder", "radiogenomics", "embedding", "gan")
 TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
+# As `fedsynth.dp.accounting.PRV_LEAST_DELTA`, which cannot be imported here without all of torch.
+_PRV_LEAST_DELTA = 1e-10
+
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -76,6 +79,11 @@ class GenePlan(Section):
         if any(b < a for a, b in zip(self.reference_quantiles, self.reference_quantiles[1:], strict=False)):
             raise ValueError("genes.reference_quantiles must not decrease")
         return self
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of which genes in which order, measured how: what weights over genes are bound to."""
+        return hashlib.sha256("\n".join([self.measure, *self.panel]).encode()).hexdigest()
 
 
 class LabelPlan(Section):
@@ -132,6 +140,12 @@ class PrivacyPlan(Section):
     accountant: Literal["rdp", "prv"] = "rdp"
     noise: Literal["local", "distributed"] = "local"
     reproducible_seed: int | None = None
+
+    @model_validator(mode="after")
+    def _accountant_can_tell(self) -> Self:
+        if self.accountant == "prv" and self.delta < _PRV_LEAST_DELTA:
+            raise ValueError(f"privacy.accountant = 'prv' needs a delta of at least {_PRV_LEAST_DELTA:g}; use 'rdp'")
+        return self
 
     @model_validator(mode="after")
     def _noise_is_local(self) -> Self:
@@ -231,9 +245,23 @@ class WarmStart(Section):
     provenance: str = Field(min_length=10)
 
 
+# Which parameters of a network train: all; affine norms and biases; the last layers; or low-rank adapters beside every
+# layer (`fedsynth.models.trainable`).
+Trains = Literal["all", "norms", "head", "adapters"]
+# What is done to every image in front of the discriminator (`fedsynth.models.augmentation`).
+Augmentation = Literal["translation", "intensity"]
+
+
 class GanPlan(TrainingPlan):
     """Conditional DCGAN. Each private step trains the local discriminator once; every `discriminator_steps` of them are
     followed by one generator step, which sees private data only through the discriminator.
+
+    With ``"adaptive"`` that number climbs 1, 2, 5, 10, 20, ... (never above `steps_per_round`) as the discriminator's
+    moving-average accuracy on fakes, of memory `adaptive_memory`, falls to `adaptive_accuracy` (Bie, Kamath, Zhang
+    2023). The number of private steps, and so the charge, stays what the plan says.
+
+    `discriminator_trains` and `generator_trains` leave the rest of a network as it was sent; `adapter_rank` is the rank of
+    low-rank adapters. `augmentation` shifts and recolours images in front of the discriminator, real and fake alike.
 
     With 0 rounds the generator is the public one, or that one fitted to the embedding.
     """
@@ -241,12 +269,24 @@ class GanPlan(TrainingPlan):
     latent_dim: Count = 64
     generator_width: Count = 32
     discriminator_width: Count = 16
-    discriminator_steps: Count = 1
+    discriminator_steps: Count | Literal["adaptive"] = 1
+    adaptive_accuracy: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    adaptive_memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    discriminator_trains: Trains = "all"
+    generator_trains: Trains = "all"
+    adapter_rank: Count = 4
+    augmentation: list[Augmentation] = []
     generator_batch: Count = 32
     generator_learning_rate: Positive = 2e-4
     slices_per_patient: Count = 1
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     warm_start: WarmStart | None = None
+
+    @model_validator(mode="after")
+    def _augmentations_are_distinct(self) -> Self:
+        if len(set(self.augmentation)) != len(self.augmentation):
+            raise ValueError("gan.augmentation names one twice")
+        return self
 
 
 class AggregationPlan(Section):

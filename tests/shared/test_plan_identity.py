@@ -12,6 +12,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsynth.dp.accounting import PRV_LEAST_DELTA
 from fedsynth.errors import ExitCode, UsageError
 from fedsynth.plan import MODULES, StudyPlan, load_plan, save_plan
 
@@ -97,6 +98,8 @@ OTHERS: dict[Path_, object] = {
     ("gan", "warm_start"): WARM_START,
     ("autoencoder", "warm_start"): {"sha256": "a" * 64, "provenance": "public expression profiles"},
     ("gan", "ema_decay"): 0.5,
+    ("gan", "discriminator_trains"): "norms",
+    ("gan", "generator_trains"): "adapters",
     ("aggregation", "weighting"): "equal",
     ("aggregation", "min_sites"): 2,
     ("embedding",): {"budget_share": 0.05, "public": PUBLIC},
@@ -302,6 +305,14 @@ def test_a_whole_number_may_stand_where_a_real_one_is_meant(tmp_path: Path) -> N
 )
 def test_a_plan_that_cannot_be_meant_is_refused(path: Path_, value: object, told: str, tmp_path: Path) -> None:
     assert told in refused(changed(PLAN, path, value), tmp_path)
+
+
+def test_a_delta_below_what_prv_can_tell_is_refused_with_it_alone(tmp_path: Path) -> None:
+    tiny = changed(PLAN, ("privacy", "delta"), PRV_LEAST_DELTA / 2)
+    assert load_plan(write(tiny, tmp_path)).privacy.accountant == "rdp"
+    assert "use 'rdp'" in refused(changed(tiny, ("privacy", "accountant"), "prv"), tmp_path)
+    least = changed(changed(PLAN, ("privacy", "delta"), PRV_LEAST_DELTA), ("privacy", "accountant"), "prv")
+    assert load_plan(write(least, tmp_path)).privacy.delta == PRV_LEAST_DELTA
 
 
 def test_a_file_that_is_absent_or_no_toml_is_refused(tmp_path: Path) -> None:
