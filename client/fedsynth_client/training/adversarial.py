@@ -1,8 +1,11 @@
 """Private adversarial training: a discriminator that never leaves the site, a generator that is shared.
 
 The discriminator's real-image gradient is clipped and noised by patient; its fake-image gradient and the generator's
-whole training are post-processing. The generator is conditioned on the chain that will link a synthetic patient: genes
-from the autoencoder's prior, morphology and label from the radiogenomic DNN.
+whole training are post-processing. The generator is conditioned on the chain that will link a synthetic patient: genes,
+morphology and label from the study's profile model.
+
+The plan's options (`fedsynth.plan.GanPlan`) change what trains (`fedsynth.models.trainable`), what the discriminator is
+shown (`fedsynth.models.augmentation`) and when the generator moves (`adaptive_steps`); none changes what is charged.
 """
 
 from __future__ import annotations
@@ -15,13 +18,23 @@ from torch.nn.functional import softplus
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, poisson_draw
-from fedsynth.dp.step import PrivateModel, make_private, private_step
-from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import make_discriminator, make_generator
+from fedsynth.dp.step import CHUNK, PrivateModel, make_private, private_step
+from fedsynth.models.adapters import adapter_state, load_adapters, merged_state, plain_state
+from fedsynth.models.augmentation import Changes, augmented, draw_changes
+from fedsynth.models.condition import condition, slice_positions, tumour_map
+from fedsynth.models.dcgan import Discriminator, make_discriminator, make_generator
+from fedsynth.models.trainable import make_trainable
 from fedsynth.plan import StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth_client.training.block import BlockResult, detached, public_generator, update_norm
+from fedsynth_client.training.adaptive_steps import (
+    Pace,
+    Rung,
+    after_discriminator_step,
+    after_generator_step,
+    rung_from,
+)
+from fedsynth_client.training.block import BlockResult, public_generator, update_norm
 
 _BETAS = (0.5, 0.999)  # as in DCGAN
 
@@ -50,29 +63,31 @@ def train_gan(
     mechanism: Mechanism,
     randomness: Randomness,
 ) -> BlockResult:
-    """One block: `mechanism.steps` private discriminator steps, a generator step after every `discriminator_steps`.
+    """One block: `mechanism.steps` private discriminator steps, a generator step after every so many of them.
 
     Args:
         plan: the study plan.
         generator_weights: the shared generator.
-        local: the site's discriminator ("model/...") and the moments of its optimiser ("exp_avg/...", ...), as a former
-            block returned them, or the discriminator alone.
+        local: the site's discriminator ("model/...", its adapters "adapter/..."), the moments of its optimiser
+            ("exp_avg/...", ...) and its place on the ladder of steps ("ladder/..."), as a former block returned them, or
+            the discriminator alone.
         profiles: pool of synthetic conditions to draw from.
         patients: private data.
         mechanism: sampling, noise and number of steps.
         randomness: of draws and noise.
     """
-    gan, classes = plan.gan, len(plan.label.classes)
+    gan, classes, size = plan.gan, len(plan.label.classes), plan.image.size
     public = public_generator(randomness)
-    # Slices of drawn patients come from a stream of their own: what it gives out depends on how many were drawn, and
-    # the fakes, whose gradient is not noised, must not.
+    # Slices and augmentations of drawn patients come from a stream of their own: what it gives out depends on how many
+    # were drawn, and the fakes, whose gradient is not noised, must not.
     of_patients = public_generator(randomness)
-    generator, discriminator = make_generator(plan), make_discriminator(plan)
+    generator = make_generator(plan)
     generator.load_state_dict(generator_weights)
-    generator_optimizer = torch.optim.Adam(generator.parameters(), lr=gan.generator_learning_rate, betas=_BETAS)
-    discriminator.load_state_dict(_prefixed(local, "model/"))
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=gan.learning_rate, betas=_BETAS)
-    _restore_moments(discriminator_optimizer, discriminator, local)
+    moving = make_trainable(generator, gan.generator_trains, gan.adapter_rank, public)
+    generator_optimizer = torch.optim.Adam(moving.values(), lr=gan.generator_learning_rate, betas=_BETAS)
+    discriminator, trained = _discriminator(plan, local, public)
+    discriminator_optimizer = torch.optim.Adam(trained.values(), lr=gan.learning_rate, betas=_BETAS)
+    _restore_moments(discriminator_optimizer, trained, local)
     private = make_private(
         discriminator,
         discriminator_optimizer,
@@ -81,7 +96,10 @@ def train_gan(
         expected_batch=gan.expected_batch,
         randomness=randomness,
     )
+    rung, pace = _ladder(plan, local)
     positions = slice_positions(plan.image.slices)
+    tumours = tumour_map(plan)
+    items = torch.arange(gan.slices_per_patient)
 
     def synthetic_condition(count: int) -> Tensor:
         row = torch.randint(len(profiles.labels), (count,), generator=public)
@@ -91,34 +109,52 @@ def train_gan(
     def fakes(code: Tensor) -> Tensor:
         return generator(torch.randn(len(code), gan.latent_dim, generator=public), code)
 
+    def shown(images: Tensor, code: Tensor, changes: Changes) -> tuple[Tensor, Tensor]:
+        return augmented(images, code, changes, tumours) if gan.augmentation else (images, code)
+
     generator_loss = fake_score = 0.0
     generator_steps = 0
-    for step in range(1, mechanism.steps + 1):
+    for _ in range(mechanism.steps):
         drawn = poisson_draw(len(patients.labels), mechanism.sample_rate, randomness)
-        drawn_places = torch.randint(plan.image.slices, (len(drawn), gan.slices_per_patient), generator=of_patients)
+        drawn_places = torch.randint(plan.image.slices, (len(drawn), len(items)), generator=of_patients)
+        drawn_changes = draw_changes(gan.augmentation, len(drawn) * len(items), size, of_patients)
 
         def real_losses(
-            module: nn.Module, chunk: Tensor, drawn: Tensor = drawn, drawn_places: Tensor = drawn_places
+            module: nn.Module,
+            chunk: Tensor,
+            drawn: Tensor = drawn,
+            drawn_places: Tensor = drawn_places,
+            drawn_changes: Changes = drawn_changes,
         ) -> Tensor:
-            rows = drawn[chunk].repeat_interleave(gan.slices_per_patient)
+            rows = drawn[chunk].repeat_interleave(len(items))
             places = drawn_places[chunk].flatten()
             real = patients.slices[rows, :, places].float()
             code = condition(patients.labels[rows], patients.morphology[rows], positions[places], classes)
-            return softplus(-module(real, code))
+            changes = drawn_changes[(chunk[:, None] * len(items) + items).flatten()]
+            return softplus(-module(*shown(real, code, changes)))
 
         fake_code = synthetic_condition(gan.expected_batch)
         with torch.no_grad():
-            fake = fakes(fake_code)
+            fake, fake_code = shown(
+                fakes(fake_code), fake_code, draw_changes(gan.augmentation, gan.expected_batch, size, public)
+            )
 
         def fake_loss(model: nn.Module, fake: Tensor = fake, code: Tensor = fake_code) -> Tensor:
             return softplus(model(fake, code)).mean()
 
-        private_step(private, len(drawn), real_losses, fake_loss)
-        if step % gan.discriminator_steps == 0:
+        # As many slices at once whatever the draw: memory does not grow with the batch.
+        private_step(private, len(drawn), real_losses, fake_loss, chunk=max(CHUNK // len(items), 1))
+        rung, due = after_discriminator_step(rung)
+        if due:
             code = synthetic_condition(gan.generator_batch)
-            loss, score = _generator_step(generator, generator_optimizer, private, fakes(code), code)
-            generator_loss, fake_score, generator_steps = generator_loss + loss, fake_score + score, generator_steps + 1
-    after = detached(generator.state_dict())
+            changes = draw_changes(gan.augmentation, gan.generator_batch, size, public)
+            logits = _generator_step(generator_optimizer, moving, private, *shown(fakes(code), code, changes))
+            generator_loss += float(softplus(-logits).mean())
+            fake_score += float(logits.mean())
+            generator_steps += 1
+            if pace is not None:
+                rung = after_generator_step(rung, float((logits < 0).float().mean()), pace)
+    after = merged_state(generator)
     count = max(generator_steps, 1)
     return BlockResult(
         after,
@@ -127,26 +163,51 @@ def train_gan(
             "generator_loss": generator_loss / count,
             "fake_score": fake_score / count,
         },
-        {**_named("model/", detached(discriminator.state_dict())), **_moments(discriminator_optimizer, discriminator)},
+        {
+            **_named("model/", plain_state(discriminator)),
+            **_named("adapter/", adapter_state(discriminator)),
+            **_moments(discriminator_optimizer, trained),
+            **({} if pace is None else _named("ladder/", rung.to_state())),
+        },
     )
 
 
+def _discriminator(
+    plan: StudyPlan, local: State, generator: torch.Generator
+) -> tuple[Discriminator, dict[str, nn.Parameter]]:
+    """The site's discriminator, and the parameters of it that train."""
+    model = make_discriminator(plan)
+    model.load_state_dict(_prefixed(local, "model/"))
+    trained = make_trainable(model, plan.gan.discriminator_trains, plan.gan.adapter_rank, generator)
+    if adapters := _prefixed(local, "adapter/"):
+        load_adapters(model, adapters)
+    return model, trained
+
+
+def _ladder(plan: StudyPlan, local: State) -> tuple[Rung, Pace | None]:
+    """Where the block starts on the ladder, and the rule by which it climbs; None where the plan fixes the steps."""
+    gan = plan.gan
+    if gan.discriminator_steps != "adaptive":
+        return Rung(discriminator_steps=gan.discriminator_steps), None
+    pace = Pace(gan.adaptive_accuracy, gan.adaptive_memory, gan.steps_per_round)
+    return rung_from(_prefixed(local, "ladder/")), pace
+
+
 def _generator_step(
-    generator: nn.Module,
     optimizer: torch.optim.Optimizer,
+    moving: dict[str, nn.Parameter],
     private: PrivateModel,
     images: Tensor,
     code: Tensor,
-) -> tuple[float, float]:
-    """Non-saturating generator step; returns its loss and the discriminator's mean logit on the fakes."""
+) -> Tensor:
+    """Non-saturating generator step; returns the discriminator's logits on the fakes before it."""
     with private.public() as discriminator:
         logits = discriminator(images, code)
-        loss = softplus(-logits).mean()
-        parameters = list(generator.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
+        gradients = torch.autograd.grad(softplus(-logits).mean(), list(moving.values()))
+    for parameter, gradient in zip(moving.values(), gradients, strict=True):
+        parameter.grad = gradient
     optimizer.step()
-    return float(loss.detach()), float(logits.detach().mean())
+    return logits.detach()
 
 
 def _named(prefix: str, state: State) -> State:
@@ -160,16 +221,16 @@ def _prefixed(state: State, prefix: str) -> State:
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _moments(optimizer: torch.optim.Optimizer, model: nn.Module) -> State:
+def _moments(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> State:
     return {
         f"{moment}/{name}": optimizer.state[parameter][moment].detach().clone()
-        for name, parameter in model.named_parameters()
+        for name, parameter in trained.items()
         for moment in _MOMENTS
         if parameter in optimizer.state
     }
 
 
-def _restore_moments(optimizer: torch.optim.Optimizer, model: nn.Module, local: State) -> None:
-    for name, parameter in model.named_parameters():
+def _restore_moments(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], local: State) -> None:
+    for name, parameter in trained.items():
         if f"step/{name}" in local:
             optimizer.state[parameter] = {moment: local[f"{moment}/{name}"].clone() for moment in _MOMENTS}

@@ -82,6 +82,15 @@ class TumourMap:
         distance = along[:, None, None] + down[:, :, None] + across[:, None, :]
         return torch.exp(-0.5 * distance / radius[:, None, None] ** 2)[:, None]
 
+    def moved(self, condition: Tensor, right: Tensor, down: Tensor) -> Tensor:
+        """Conditions (B, c) whose ball lies `right` and `down` pixels (B,) further; the same where it is undefined."""
+        if self.places is None:
+            return condition
+        result = condition.clone()
+        for place, extent, pixels in zip(self.places[:2], _BRAIN_MM[:2], (right, down), strict=True):
+            result[:, place] += 2 * self.pixel_mm * pixels / extent
+        return result
+
 
 def tumour_map(plan: StudyPlan) -> TumourMap:
     """The map of a plan's condition vectors."""
