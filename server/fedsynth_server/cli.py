@@ -50,12 +50,18 @@ def new(
 
 
 @study.command("check")
-def check_plan(plan: Annotated[Path, typer.Argument(help="The study plan (TOML).")], as_json: AsJson = False) -> None:
-    """Show what a plan will cost at every site and what its noise leaves to learn, before anything is spent."""
+def check_plan(
+    plan: Annotated[Path, typer.Argument(help="The study plan (TOML).")],
+    weights: Annotated[
+        Path | None, typer.Option(help="The plan's file of public weights, for a sharper forecast.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a plan will cost at every site, what its noise leaves to learn, and which engines suit it."""
     from fedsynth.plan import load_plan
     from fedsynth_server.forecast_command import show_forecast
 
-    show_forecast(load_plan(plan), as_json)
+    show_forecast(load_plan(plan), as_json, weights)
 
 
 @release.command()

@@ -2,30 +2,38 @@
 
 The signal of a private step is at most the clipping norm C; its noise has norm sigma C sqrt(d) / B over d parameters.
 Steps add up in the signal and only as their square root in the noise, and so do sites whose results are averaged. The
-forecast is the ratio of the two over the whole run,
+forecast of a module that is trained is the ratio of the two over the whole run,
 
     noise_to_signal = sigma sqrt(d) / (B sqrt(T K)),
 
-for T steps at K sites. A statistic that is released once is one step whose batch is every patient. It is a comparison
-of plans, not a prediction of quality: below about 1 the mean direction of the updates comes through, far above nothing
-does.
+for T steps at K sites. Of a statistic that is released once the ratio is that of the noise of the mean over all sites
+to what it usually has to tell (`fedsynth_server.statistics_forecast`). Either is a comparison of plans, not a prediction
+of quality: well below its limit the signal comes through, far above it nothing does.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.dp.accounting import Demand, allocation_report
 from fedsynth.engines import embedding, moments
 from fedsynth.models.dcgan import make_discriminator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Module, StatisticPlan, StudyPlan, TrainingPlan
+from fedsynth.plan import Module, StatisticPlan, StudyPlan
+from fedsynth.records import State
+from fedsynth_server.statistics_forecast import RULE_OF_THUMB, StatisticForecast, forecast_statistic
 
 HARD, HOPELESS = 1.0, 3.0
+STATISTIC_HARD, STATISTIC_HOPELESS = RULE_OF_THUMB, 1.5
+
+Reading = Literal["learns", "partly", "drowns"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class ModuleForecast:
         sample_rate, noise_multiplier, steps: the mechanism over all rounds.
         epsilon_alone: epsilon of this module by itself, at the plan's delta.
         noise_to_batch: noise multiplier over expected batch: the noise of one step in units of the clipping norm.
-        noise_to_signal: see the module's docstring.
+        noise_to_signal: see the module's docstring; of a statistic, of all sites together.
+        reading: what that ratio means.
     """
 
     site: str
@@ -48,32 +57,84 @@ class ModuleForecast:
     epsilon_alone: float
     noise_to_batch: float
     noise_to_signal: float
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class SiteBudget:
+    """Joint accounting at one site against adding up.
+
+    Attributes:
+        site: which.
+        epsilon: all modules composed.
+        epsilon_summed: the sum of the modules' epsilons, each alone with the same noise.
+        split_noise: by module, how many times the noise it would need if epsilon were split and each paid its share alone.
+    """
+
+    site: str
+    epsilon: float
+    epsilon_summed: float
+    split_noise: dict[Module, float]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """All modules at all sites, epsilon of each site, and advice in plain words."""
+    """All modules at all sites, what the statistics can tell, and the budget of each site."""
 
     modules: list[ModuleForecast]
-    epsilon: dict[str, float]
-    advice: list[str]
+    statistics: list[StatisticForecast]
+    budgets: list[SiteBudget]
+
+    @property
+    def epsilon(self) -> dict[str, float]:
+        """By site, epsilon of all modules composed."""
+        return {budget.site: budget.epsilon for budget in self.budgets}
+
+    def worst(self, module: Module) -> ModuleForecast:
+        """`module` at the site where its noise is largest beside its signal."""
+        return max((m for m in self.modules if m.module == module), key=lambda m: m.noise_to_signal)
 
 
-def forecast(plan: StudyPlan) -> Forecast:
-    """Compute what `plan` costs and what its noise leaves to learn."""
-    modules = [_module(plan, site.name, module) for site in plan.sites for module in plan.modules]
-    advice = []
-    for module in plan.modules:
-        worst = max((m for m in modules if m.module == module), key=lambda m: m.noise_to_signal)
-        if worst.noise_to_signal > HARD:
-            advice.append(_advice(plan, worst))
-    small = [site.name for site in plan.sites if plan.privacy.delta > 1 / (10 * site.nominal_patients)]
-    if small:
-        advice.append(
-            f"delta {plan.privacy.delta:g} is above 1 / (10 n) for {', '.join(small)}: "
-            "a delta near 1 / n allows a mechanism that reveals whole patients."
-        )
-    return Forecast(modules, {site.name: planned_epsilon(plan, site.name) for site in plan.sites}, advice)
+def forecast(plan: StudyPlan, public: Mapping[str, State] | None = None) -> Forecast:
+    """Compute what `plan` costs and what its noise leaves to learn.
+
+    Args:
+        plan: the study plan.
+        public: the plan's public weights by record name, where they are at hand: they sharpen what is said of an embedding.
+    """
+    public = public or {}
+    statistics = {
+        module: forecast_statistic(plan, module, public)
+        for module in plan.modules
+        if isinstance(plan.training(module), StatisticPlan)
+    }
+    ratio = {module: found.noise_to_signal for module, found in statistics.items()}
+    modules = [_module(plan, site.name, module, ratio.get(module)) for site in plan.sites for module in plan.modules]
+    return Forecast(modules, list(statistics.values()), [_budget(plan, site.name) for site in plan.sites])
+
+
+def noise_to_signal(plan: StudyPlan, site: str, module: Module, public: Mapping[str, State] | None = None) -> float:
+    """The ratio of one module at one site; `public` as for `forecast`."""
+    training = plan.training(module)
+    if isinstance(training, StatisticPlan):
+        return forecast_statistic(plan, module, public or {}).noise_to_signal
+    # Discriminators are local and meet only through the generator; the other networks are averaged every round.
+    sites = 1 if module == "gan" else len(plan.sites)
+    sigma, size = noise_multipliers(plan, site)[module], parameters(plan, module)
+    return sigma * math.sqrt(size) / (training.expected_batch * math.sqrt(training.steps * sites))
+
+
+def limits(plan: StudyPlan, module: Module) -> tuple[float, float]:
+    """Ratios up to which `module` learns, and above which it drowns."""
+    if isinstance(plan.training(module), StatisticPlan):
+        return STATISTIC_HARD, STATISTIC_HOPELESS
+    return HARD, HOPELESS
+
+
+def read(plan: StudyPlan, module: Module, ratio: float) -> Reading:
+    """What a noise-to-signal ratio of `module` means."""
+    hard, hopeless = limits(plan, module)
+    return "learns" if ratio <= hard else "partly" if ratio <= hopeless else "drowns"
 
 
 def parameters(plan: StudyPlan, module: Module) -> int:
@@ -92,72 +153,40 @@ def parameters(plan: StudyPlan, module: Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _module(plan: StudyPlan, site: str, module: Module) -> ModuleForecast:
-    sigma = noise_multipliers(plan, site)[module]
+def _module(plan: StudyPlan, site: str, module: Module, ratio: float | None) -> ModuleForecast:
+    training, sigma = plan.training(module), noise_multipliers(plan, site)[module]
+    batch = plan.site(site).nominal_patients if isinstance(training, StatisticPlan) else training.expected_batch
+    found = noise_to_signal(plan, site, module) if ratio is None else ratio
     return ModuleForecast(
         site=site,
         module=module,
         sample_rate=plan.sample_rate(module, site),
         noise_multiplier=sigma,
-        steps=plan.training(module).steps,
+        steps=training.steps,
         epsilon_alone=planned_epsilon(plan, site, module),
-        noise_to_batch=sigma / _batch(plan, site, module),
-        noise_to_signal=_noise_to_signal(plan, site, module, sigma),
+        noise_to_batch=sigma / batch,
+        noise_to_signal=found,
+        reading=read(plan, module, found),
     )
 
 
-def _batch(plan: StudyPlan, site: str, module: Module) -> int:
-    training = plan.training(module)
-    return plan.site(site).nominal_patients if isinstance(training, StatisticPlan) else training.expected_batch
-
-
-def _noise_to_signal(plan: StudyPlan, site: str, module: Module, sigma: float) -> float:
-    # Discriminators are local and meet only through the generator; the other modules are averaged every round.
-    sites = 1 if module == "gan" else len(plan.sites)
-    steps = plan.training(module).steps
-    return sigma * math.sqrt(parameters(plan, module)) / (_batch(plan, site, module) * math.sqrt(steps * sites))
-
-
-def _advice(plan: StudyPlan, worst: ModuleForecast) -> str:
-    word = "will drown in noise" if worst.noise_to_signal > HOPELESS else "will learn little"
-    levers = {name: _what_if(change, worst) for name, change in _levers(plan, worst.module).items()}
-    best = min(levers, key=lambda name: levers[name])
-    listed = ", ".join(f"{name}: {value:.1f}" for name, value in sorted(levers.items(), key=lambda item: item[1]))
-    text = (
-        f"{worst.module} {word}: its noise is {worst.noise_to_signal:.1f} times its signal at site {worst.site} "
-        f"(noise/batch {worst.noise_to_batch:.3f}). What would change that ({listed}); {best} helps most."
-    )
-    if worst.module == "gan" and plan.gan.warm_start is None:
-        text += " A warm start from public weights leaves less to learn, which no ratio shows."
-    return text
-
-
-def _levers(plan: StudyPlan, module: Module) -> dict[str, StudyPlan]:
-    """Plans in which one thing is doubled or halved."""
-    training = plan.training(module)
-    bigger = [site.model_copy(update={"nominal_patients": 2 * site.nominal_patients}) for site in plan.sites]
-    twice = plan.model_copy(update={"sites": bigger})
-    levers = {
-        "twice the epsilon": plan.model_copy(
-            update={"privacy": plan.privacy.model_copy(update={"epsilon": 2 * plan.privacy.epsilon})}
-        ),
-        "twice the patients a site": twice,
+def _budget(plan: StudyPlan, site: str) -> SiteBudget:
+    demands = {
+        str(module): Demand(
+            plan.sample_rate(module, site), plan.training(module).steps, plan.training(module).budget_share
+        )
+        for module in plan.modules
     }
-    if isinstance(training, TrainingPlan):
-
-        def with_training(**update: object) -> dict[str, object]:
-            return {module: training.model_copy(update=update)}
-
-        batch = 2 * training.expected_batch
-        levers["twice the patients a site"] = twice.model_copy(update=with_training(expected_batch=batch))
-        levers["twice the steps"] = plan.model_copy(update=with_training(rounds=2 * training.rounds))
-        if batch <= min(site.nominal_patients for site in plan.sites):
-            levers["twice the batch"] = plan.model_copy(update=with_training(expected_batch=batch))
-    if module != "gan":
-        more = [site.model_copy(update={"name": f"{site.name[:58]}-2"}) for site in plan.sites]
-        levers["twice the sites"] = plan.model_copy(update={"sites": [*plan.sites, *more]})
-    return levers
-
-
-def _what_if(plan: StudyPlan, worst: ModuleForecast) -> float:
-    return _noise_to_signal(plan, worst.site, worst.module, noise_multipliers(plan, worst.site)[worst.module])
+    sigmas, privacy = noise_multipliers(plan, site), plan.privacy
+    found = allocation_report(
+        demands, {str(m): sigma for m, sigma in sigmas.items()}, privacy.epsilon, privacy.delta, privacy.accountant
+    )
+    return SiteBudget(
+        site,
+        found.epsilon,
+        found.epsilon_summed,
+        {
+            module: found.modules[module].noise_multiplier_split / found.modules[module].noise_multiplier
+            for module in plan.modules
+        },
+    )

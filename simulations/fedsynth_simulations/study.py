@@ -48,6 +48,7 @@ from fedsynth_client.policy import SitePolicy, save_policy
 from fedsynth_client.site import Site
 from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import StudyState, load_state
+from fedsynth_server.outcome import study_outcome
 from fedsynth_server.release.make import make_release
 from fedsynth_server.release.manifest import generate_key
 from fedsynth_server.release.preview import Example, ReferenceExamples
@@ -374,6 +375,7 @@ def _release(
         key,
         datetime.now(UTC).replace(microsecond=0),
         real_examples=ReferenceExamples("public" if settings.site_folders else "simulated", examples),
+        outcome=study_outcome(plan, state),
     )
 
 

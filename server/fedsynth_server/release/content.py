@@ -43,6 +43,8 @@ REQUIRED_OF_BIDS = (
     "phenotype/morphology.tsv",
     f"{MASKS}/dataset_description.json",
 )
+# What a release may hold beside; releases of earlier versions lack it.
+OUTCOME = "outcome.json"
 # Versions of an accountant differ by less than this; a false statement by more.
 _EPSILON_TOLERANCE = 0.01
 
@@ -114,6 +116,19 @@ def privacy_faults(release: Release) -> list[str]:
     return faults
 
 
+def outcome_faults(release: Release) -> list[str]:
+    """The comparison with the forecast, where there is one, is of this plan and its modules."""
+    if not (release.folder / OUTCOME).is_file():
+        return []
+    from fedsynth_server.outcome import Outcome
+
+    outcome = Outcome.model_validate_json((release.folder / OUTCOME).read_bytes())
+    faults = [] if outcome.plan_digest == release.plan.digest else [f"{OUTCOME} is not of plan.toml"]
+    if [found.module for found in outcome.modules] != list(release.plan.modules):
+        faults.append(f"{OUTCOME} does not have one entry for each module of the plan")
+    return faults
+
+
 def _recomputed_faults(site: SiteStatement, privacy: PrivacyPlan) -> list[str]:
     """Compose the mechanisms that the site states: they may not cost more than the epsilon that it states."""
     from fedsynth.dp.accounting import Mechanism, epsilon
@@ -135,6 +150,7 @@ CHECKS: tuple[tuple[str, str, Callable[[Release], list[str]]], ...] = (
     ("synthetic", "every image says that it is synthetic", synthetic_faults),
     ("identifiers", "no header holds anything but what a release writes", identifier_faults),
     ("privacy", "the privacy statement is of this plan and within its budget", privacy_faults),
+    ("outcome", "what is said of forecast and outcome, if anything, is of this plan", outcome_faults),
 )
 
 

@@ -12,6 +12,7 @@ from fedsynth.errors import Refused, UsageError
 from fedsynth.evaluation import Evaluation
 from fedsynth.plan import load_plan
 from fedsynth_server.checkpoint import load_state
+from fedsynth_server.outcome import study_outcome
 from fedsynth_server.release.make import make_release
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
@@ -34,7 +35,17 @@ def release_study(folder: Path, out: Path, key: Path, patients: int, evaluation:
     generator.seed()
     cohort = synthesise(plan, state, patients, generator)
     released = datetime.now(UTC).replace(microsecond=0)
-    return make_release(out, plan, cohort, statement, measured, state.curves_by_name(), key, released)
+    return make_release(
+        out,
+        plan,
+        cohort,
+        statement,
+        measured,
+        state.curves_by_name(),
+        key,
+        released,
+        outcome=study_outcome(plan, state),
+    )
 
 
 def _read_evaluation(path: Path) -> Evaluation:

@@ -17,8 +17,9 @@ from fedsynth.files import DISK_FULL
 from fedsynth.plan import StudyPlan, save_plan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
+from fedsynth_server.outcome import Outcome
 from fedsynth_server.release.bids import write_bids_dataset, write_bids_patient
-from fedsynth_server.release.content import privacy_faults
+from fedsynth_server.release.content import OUTCOME, privacy_faults
 from fedsynth_server.release.croissant import write_croissant
 from fedsynth_server.release.dicom import write_dicom_patient
 from fedsynth_server.release.facts import NOT_A_PATIENT, Publication, ReleaseFacts
@@ -50,6 +51,7 @@ def make_release(
     formats: Collection[str] = FORMATS,
     real_examples: ReferenceExamples | None = None,
     publication: Publication | None = None,
+    outcome: Outcome | None = None,
 ) -> Path:
     """Write a signed release of `patients` to the new folder `out`.
 
@@ -66,6 +68,7 @@ def make_release(
         formats: which image trees to write, of `FORMATS`.
         real_examples: simulated or public patients to show beside the synthetic ones in ``comparison.png``.
         publication: authors, contact and licence of the data.
+        outcome: what the noise left to learn (`fedsynth_server.outcome`), if that was compared with the forecast.
 
     Returns:
         `out`.
@@ -83,7 +86,7 @@ def make_release(
     try:
         rows, shown = _write_patients(draft, patients, facts, formats)
         _write_descriptions(draft, rows, facts, formats, fingerprint(key.public_key()))
-        _write_results(draft, rows, shown, facts, evaluation, curves, real_examples)
+        _write_results(draft, rows, shown, facts, evaluation, curves, real_examples, outcome)
         write_manifest(draft, key)
         draft.chmod(0o755)
         os.sync()  # What is renamed below must be on the disk: thousands of files, so once for all.
@@ -176,6 +179,7 @@ def _write_results(
     evaluation: Evaluation | None,
     curves: Curves,
     real_examples: ReferenceExamples | None,
+    outcome: Outcome | None,
 ) -> None:
     """Pictures, measurements, training curves and the report over them."""
     from fedsynth_server.release.report import write_report
@@ -190,6 +194,8 @@ def _write_results(
         (root / "comparison.png").write_bytes(comparison)
     if evaluation is not None:
         dump(root / "evaluation.json", evaluation.model_dump(mode="json"))
+    if outcome is not None:
+        dump(root / OUTCOME, outcome.model_dump(mode="json"))
     points = {name: [dict(point) for point in curve] for name, curve in curves.items()}
     dump(root / "curves.json", points)
     write_report(
@@ -202,4 +208,5 @@ def _write_results(
         released=facts.released,
         n_patients=len(rows),
         comparison_png=comparison,
+        outcome=outcome,
     )

@@ -23,7 +23,9 @@ from fedsynth.errors import UsageError
 from fedsynth.evaluation import Evaluation, Figure
 from fedsynth.files import write_atomic
 from fedsynth.plan import StudyPlan
+from fedsynth.records import PUBLIC
 from fedsynth.statement import PrivacyStatement, SiteStatement
+from fedsynth_server.outcome import ModuleOutcome, Outcome
 from fedsynth_server.release import wording
 from fedsynth_server.release.charts import Series, line_chart, place_chart
 from fedsynth_server.release.manifest import PUBLIC_KEY, SIGNATURE, SUMS
@@ -52,7 +54,13 @@ MEANINGS = {
     "fake_score": "the local discriminator’s mean logit on generated images",
 }
 
-MODULE_TITLES = {"autoencoder": "Gene autoencoder", "radiogenomics": "Radiogenomic DNN", "gan": "Conditional GAN"}
+MODULE_TITLES = {
+    "moments": "Moments of profiles",
+    "autoencoder": "Gene autoencoder",
+    "radiogenomics": "Radiogenomic DNN",
+    "embedding": "Mean embedding of images",
+    "gan": "Conditional GAN",
+}
 
 
 def write_report(
@@ -66,6 +74,7 @@ def write_report(
     released: datetime,
     n_patients: int,
     comparison_png: bytes | None = None,
+    outcome: Outcome | None = None,
 ) -> None:
     """Write the report to `path`, whole or not at all; equal arguments and versions give equal bytes.
 
@@ -80,9 +89,10 @@ def write_report(
         released: when, with its time zone; printed in UTC.
         n_patients: number of synthetic patients in the release.
         comparison_png: synthetic patients beside originals that may be shown (simulated or public ones).
+        outcome: what the forecast had said and what came of it, if that was compared.
 
     Raises:
-        UsageError: ``report_plan_mismatch`` (the statement is about another plan) or ``report_not_png``.
+        UsageError: ``report_plan_mismatch`` (statement or outcome are about another plan) or ``report_not_png``.
         ValueError: `released` has no time zone, or a row of `curves` has no round.
         OSError: e.g. a full disk.
     """
@@ -91,6 +101,12 @@ def write_report(
             "report_plan_mismatch",
             f"The privacy statement is about plan {statement.plan_digest[:12]}, the report about {plan.digest[:12]}.",
             "Make the release with the plan that the sites approved and trained under.",
+        )
+    if outcome is not None and outcome.plan_digest != plan.digest:
+        raise UsageError(
+            "report_plan_mismatch",
+            f"The outcome is that of plan {outcome.plan_digest[:12]}, the report about {plan.digest[:12]}.",
+            "Compare the forecast again with the plan of this study.",
         )
     if released.tzinfo is None:
         raise ValueError("the time of release needs a time zone")
@@ -105,6 +121,9 @@ def write_report(
         summary=None if evaluation is None else _summary(evaluation),
         legend=[Series(site, place, ()) for place, site in enumerate(drawn)],
         training=_training(curves, drawn),
+        released_once=[MODULE_TITLES[module] for module in plan.modules if module in PUBLIC],
+        outcome=[] if outcome is None else [_outcome_row(each) for each in outcome.modules],
+        methods=[("Profiles", wording.profile_method(plan)), ("Images", wording.image_method(plan))],
         preview=_picture(preview_png),
         comparison=None if comparison_png is None else _picture(comparison_png),
         released=released.astimezone(UTC),
@@ -223,6 +242,19 @@ class ModuleView:
     rows: list[list[str]]
 
 
+@dataclass(frozen=True)
+class OutcomeRow:
+    """One module's forecast and outcome, every cell as text; `state` names the verdict for the style sheet."""
+
+    title: str
+    forecast: str
+    found: str
+    verdict: str
+    state: str
+    foretold: str
+    sentence: str
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -232,7 +264,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": wording.number, "epsilon": wording.epsilon, "percent": wording.percent}
-    environment.globals["module_titles"] = MODULE_TITLES
+    environment.globals |= {"module_titles": MODULE_TITLES, "statistics": frozenset(PUBLIC)}
     return environment
 
 
@@ -333,6 +365,19 @@ def _summary(evaluation: Evaluation) -> Summary:
     )
 
 
+def _outcome_row(found: ModuleOutcome) -> OutcomeRow:
+    foretold = {None: "", True: "as foretold", False: "not as foretold"}[found.as_forecast]
+    return OutcomeRow(
+        title=MODULE_TITLES[found.module],
+        forecast=f"{wording.number(found.forecast_noise_to_signal, 2)}: {wording.FORECASTS[found.forecast]}",
+        found="–" if found.noise_to_signal is None else wording.number(found.noise_to_signal, 2),
+        verdict=wording.VERDICTS[found.verdict],
+        state=found.verdict,
+        foretold=foretold,
+        sentence=found.sentence,
+    )
+
+
 def _drawn_sites(curves: Curves, plan: StudyPlan) -> list[str]:
     """The names in `curves`, the plan's sites first and in its order: a site has one colour throughout."""
     named = {_site(row) for rows in curves.values() for row in rows}
@@ -342,7 +387,9 @@ def _drawn_sites(curves: Curves, plan: StudyPlan) -> list[str]:
 
 def _training(curves: Curves, sites: Sequence[str]) -> list[ModuleView]:
     order = {module: place for place, module in enumerate(MODULE_TITLES)}
-    modules = sorted((module for module in curves if curves[module]), key=lambda module: order.get(module, len(order)))
+    # A statistic is released once and has no curve: its rows hold a round and a site alone.
+    drawn = [module for module, rows in curves.items() if any(set(row) - {"round", "site"} for row in rows)]
+    modules = sorted(drawn, key=lambda module: order.get(module, len(order)))
     return [_module(module, curves[module], sites) for module in modules]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsynth.evaluation import Figure
+from fedsynth.plan import StudyPlan
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -85,6 +86,45 @@ def strength(value: float) -> str:
             "trusted because known attacks stay far below that worst case."
         )
     return "An epsilon above 10 is called weak: by itself it rules out little."
+
+
+# The readings of a forecast and the verdicts after the run (`fedsynth_server.outcome`).
+FORECASTS = {"learns": "will learn", "partly": "will learn a part", "drowns": "will drown in noise"}
+VERDICTS = {
+    "learnt": "learnt",
+    "partly": "partly learnt",
+    "drowned": "drowned in noise",
+    "missed": "above the noise, not learnt",
+    "nothing": "nothing left to learn",
+    "open": "cannot be told",
+}
+
+
+def profile_method(plan: StudyPlan) -> str:
+    """What genes, morphology and label of the synthetic patients come from."""
+    if plan.profile_engine == "moments":
+        return (
+            "a linear-Gaussian model of genes, morphology and label, fitted to one noisy sum of first and second moments "
+            "from each site"
+        )
+    return (
+        "a gene autoencoder, and a deep neural network from genes to morphology and label; both trained by DP-SGD at the "
+        "sites and averaged every round"
+    )
+
+
+def image_method(plan: StudyPlan) -> str:
+    """What the images of the synthetic patients come from."""
+    text = "a conditional generator, " + ("started from public weights" if plan.gan.warm_start else "started at random")
+    if plan.embedding is not None:
+        text += ", fitted to one noisy mean embedding of images from each site"
+    if plan.gan.rounds:
+        rounds = "one round" if plan.gan.rounds == 1 else f"{plan.gan.rounds} rounds"
+        verb = "refined" if plan.embedding is not None else "trained"
+        text += f", {verb} in {rounds} against discriminators that were trained by DP-SGD and never left their sites"
+    if plan.embedding is None and not plan.gan.rounds:
+        text += " and left as it was: no private image took part"
+    return text
 
 
 Verdict = Literal["ceiling", "between", "floor", "open"]

@@ -1,0 +1,208 @@
+"""After the run: what the noise left to learn, beside what the forecast had said.
+
+Everything here is computed from the coordinator's state, which holds noisy sums, noisy weights and what sites may say of
+them: post-processing, without privacy cost. Of each kind of module another thing is known:
+
+- *Moments*: noise over the estimated signal of the link between genes and morphology, as the fit reports it.
+- *Embedding*: the squared distance of the start from the noisy mean is the sum of what was to be learnt and of the noise,
+  whose part is known. What the fit took away of the former was learnt.
+- *Networks that are averaged*: how far rounds moved the weights, against how far noise alone would have. Adam divides
+  each parameter's mean gradient by the root of its mean square, so a gradient of pure noise, whatever its size, moves
+  every parameter by a random walk of steps of about the learning rate: after T steps over d parameters the weights have
+  moved by about ``lr sqrt(T d)`` (`walk` has the exact factor in place of T), and a gradient without noise moves them by
+  ``lr T sqrt(d)``. Where a round lies between the two tells the share of signal in a step. This is an approximation:
+  the gradients of all parameters are taken to be alike, and a network that has settled moves as little as one that drowns.
+- *GAN*: nothing. The noisy discriminators stay at their sites, and a generator moves as far when it follows a blind one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fedsynth.plan import Module, StudyPlan, TrainingPlan
+from fedsynth_server.checkpoint import CurveRow, StudyState
+from fedsynth_server.forecast import ModuleForecast, Reading, forecast, parameters, read
+
+Verdict = Literal["learnt", "partly", "drowned", "missed", "nothing", "open"]
+
+_AS_FORETOLD: dict[Verdict, tuple[Reading, ...]] = {
+    "learnt": ("learns",),
+    "partly": ("partly",),
+    "drowned": ("drowns",),
+    "missed": (),
+    "nothing": ("learns",),
+}
+_OF_READING: dict[Reading, Verdict] = {"learns": "learnt", "partly": "partly", "drowns": "drowned"}
+_MOMENTUM = 0.9  # of Adam, as the sites train networks of profiles
+# How far beyond a random walk, in squares, a round must have moved before the rest is taken for signal.
+_WALK_ERROR = 0.15
+_PART, _LITTLE = 0.5, 0.1  # shares of what was to be learnt
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModuleOutcome(_Value):
+    """One module's forecast and what came of it.
+
+    Attributes:
+        module: which.
+        forecast_noise_to_signal: at the site where it was largest.
+        forecast: what that ratio meant.
+        noise_to_signal: the same ratio, found after the run; None where nothing stands out of the noise or nothing tells.
+        learnt: share, between 0 and 1, of what was to be learnt (squared distances); None where nothing tells.
+        verdict: ``learnt``, ``partly``, ``drowned``; ``missed``: the signal stands out of the noise and the fit did not
+            take it up; ``nothing``: the start is as good as this little noise can tell; ``open``: cannot be told.
+        as_forecast: whether the forecast had said so; None where the verdict is open.
+        sentence: the same in words.
+    """
+
+    module: Module
+    forecast_noise_to_signal: float
+    forecast: Reading
+    noise_to_signal: float | None
+    learnt: float | None
+    verdict: Verdict
+    as_forecast: bool | None
+    sentence: str
+
+
+class Outcome(_Value):
+    """Forecast and outcome of every module of a study (`outcome.json` of a release)."""
+
+    schema_version: Literal[1] = 1
+    plan_digest: str
+    modules: list[ModuleOutcome]
+
+
+def study_outcome(plan: StudyPlan, state: StudyState) -> Outcome:
+    """Compare the forecast of `plan` with what its finished study left in `state`.
+
+    Raises:
+        ValueError: the state is of another plan, or a module has not finished.
+    """
+    if state.study != plan.digest:
+        raise ValueError("the state is of another plan")
+    missing = state.missing_rounds(plan)
+    if missing:
+        raise ValueError(f"the study has not finished: {', '.join(missing)}")
+    foretold = forecast(plan, state.weights)
+    return Outcome(
+        plan_digest=plan.digest,
+        modules=[_outcome(plan, state, foretold.worst(module)) for module in plan.modules],
+    )
+
+
+def walk(steps: int) -> float:
+    """Mean squared length of Adam's walk over `steps` steps on independent noise, in squared learning rates.
+
+    The gradient of step s enters the updates of steps t >= s with the weights (1 - b) b^(t - s) / (1 - b^t), b the momentum;
+    divided by the gradients' own root mean square they add up to c_s, and the noise of different steps is independent:
+    sum of c_s^2. From few steps the root mean square is known badly, which makes the walk shorter by up to a tenth.
+
+    >>> walk(1), 51 < walk(40) < 52
+    (1.0, True)
+    """
+    shares = [
+        sum((1 - _MOMENTUM) * _MOMENTUM ** (t - s) / (1 - _MOMENTUM**t) for t in range(s, steps + 1))
+        for s in range(1, steps + 1)
+    ]
+    return sum(share**2 for share in shares)
+
+
+def _outcome(plan: StudyPlan, state: StudyState, foretold: ModuleForecast) -> ModuleOutcome:
+    training = plan.training(foretold.module)
+    if foretold.module == "moments":
+        return _of_moments(plan, state.fits["moments"], foretold)
+    if foretold.module == "embedding":
+        return _of_embedding(state.fits["embedding"], foretold)
+    if foretold.module == "gan" or not isinstance(training, TrainingPlan):
+        return _made(
+            foretold,
+            "open",
+            None,
+            None,
+            "What the discriminators learnt stays at the sites, and a generator moves as far when it follows a blind one: "
+            "the comparison with the public-only generator tells whether this training helped.",
+        )
+    return _of_network(plan, training, state.curves[foretold.module], foretold)
+
+
+def _of_moments(plan: StudyPlan, fit: dict[str, float], foretold: ModuleForecast) -> ModuleOutcome:
+    ratio, kept = fit["noise_to_signal"], min(max(fit["kept_link"], 0.0), 1.0)
+    verdict = _OF_READING[read(plan, "moments", ratio)]
+    sentence = (
+        f"The noise of the link of genes and morphology is {_times(ratio)} its estimated size; {kept:.0%} of the noisy "
+        f"link was kept, the rest shrunk away as noise."
+    )
+    return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
+
+
+def _of_embedding(fit: dict[str, float], foretold: ModuleForecast) -> ModuleOutcome:
+    noise, before, after = fit["noise_norm"] ** 2, fit["residual_before"] ** 2, fit["residual_after"] ** 2
+    if noise == 0:  # no coordinate rises above the noise that the plan asks for
+        return _made(foretold, "drowned", None, 0.0, "No coordinate was expected to rise above the noise.")
+    excess = before - noise
+    # The squared norm of the noise varies by its standard deviation sqrt(2 noise); the fit starts from two of them.
+    if excess <= 2 * math.sqrt(2 * noise):
+        if foretold.reading == "learns":
+            text = "Nothing stands out of the noise, though there is little of it: the start fits already, within the noise."
+            return _made(foretold, "nothing", None, None, text)
+        text = "The start lies no farther from the patients than noise alone would put it: nothing could be learnt."
+        return _made(foretold, "drowned", None, 0.0, text)
+    share = min(max((before - after) / excess, 0.0), 1.0)
+    ratio = math.sqrt(noise / excess)
+    verdict: Verdict = "learnt" if share >= _PART else "partly" if share >= _LITTLE else "missed"
+    sentence = (
+        f"Of the squared distance between the start and the noisy mean, {noise / before:.0%} was noise; of the rest the "
+        f"fit took up {share:.0%} in {fit['steps']:.0f} steps."
+    )
+    if verdict == "missed":
+        sentence += " There was signal above the noise: a longer fit, which costs no privacy, may take it up."
+    return _made(foretold, verdict, ratio, share, sentence)
+
+
+def _of_network(
+    plan: StudyPlan, training: TrainingPlan, rows: Sequence[CurveRow], foretold: ModuleForecast
+) -> ModuleOutcome:
+    steps, random_walk = training.steps_per_round, walk(training.steps_per_round)
+    moved = [float(row["update_norm"]) for row in rows]
+    if steps == 1 or not moved:
+        text = "Rounds of a single step move the weights equally far with noise and without."
+        return _made(foretold, "open", None, None, text)
+    unit = training.learning_rate**2 * parameters(plan, foretold.module)
+    mean_square = sum(norm**2 for norm in moved) / len(moved) / unit
+    beyond = math.sqrt(mean_square / random_walk)
+    said = f"A round moved the weights {beyond:.2f} times as far as noise alone would"
+    if mean_square <= (1 + _WALK_ERROR) * random_walk:
+        return _made(foretold, "drowned", None, 0.0, f"{said}: nothing stands out of the noise, or nothing was left.")
+    signal = min((mean_square - random_walk) / (steps**2 - random_walk), 1.0)
+    rounds_and_sites = len(moved)
+    ratio = math.sqrt(random_walk * (1 - signal) / (steps**2 * signal * rounds_and_sites))
+    verdict = _OF_READING[read(plan, foretold.module, ratio)]
+    sentence = f"{said}; over all rounds and sites that is noise of {_times(ratio)} the signal."
+    return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
+
+
+def _made(
+    foretold: ModuleForecast, verdict: Verdict, ratio: float | None, learnt: float | None, sentence: str
+) -> ModuleOutcome:
+    return ModuleOutcome(
+        module=foretold.module,
+        forecast_noise_to_signal=foretold.noise_to_signal,
+        forecast=foretold.reading,
+        noise_to_signal=ratio,
+        learnt=learnt,
+        verdict=verdict,
+        as_forecast=None if verdict == "open" else foretold.reading in _AS_FORETOLD[verdict],
+        sentence=sentence,
+    )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} times" if ratio < 99.5 else "more than 99 times"

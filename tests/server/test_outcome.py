@@ -1,0 +1,190 @@
+"""The comparison after the run: noise is called noise, signal is called signal, and the forecast is held to its word."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedsynth.dp.accounting import Mechanism
+from fedsynth.dp.randomness import SeededRandomness
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.plan import TRAINED, Module, StudyPlan
+from fedsynth_client.training.profiles import train_autoencoder
+from fedsynth_server.checkpoint import StudyState
+from fedsynth_server.forecast import forecast, parameters
+from fedsynth_server.outcome import ModuleOutcome, Outcome, study_outcome, walk
+
+PUBLIC = {"sha256": "0" * 64, "provenance": "weights of a test"}
+
+
+def statistics_plan(tiny: StudyPlan, patients: int = 400, epsilon: float = 10.0) -> StudyPlan:
+    """Moments, embedding and one round of the GAN."""
+    none = {module: tiny.training(module).model_copy(update={"rounds": 0}).model_dump() for module in TRAINED[:2]}
+    return StudyPlan.model_validate(
+        {
+            **tiny.model_dump(),
+            **none,
+            "privacy": {"epsilon": epsilon},
+            "moments": {"budget_share": 0.3, "public": PUBLIC, "components": 4},
+            "embedding": {"budget_share": 0.4, "public": PUBLIC, "dimensions": 20},
+            "gan": {**tiny.gan.model_dump(), "rounds": 1, "budget_share": 0.3},
+            "sites": [{"name": name, "nominal_patients": patients} for name in ("a", "b")],
+        }
+    )
+
+
+def finished(plan: StudyPlan, **changes: Any) -> StudyState:
+    """A state in which every round was run."""
+    state = StudyState(plan.digest, {})
+    rounds = {**state.rounds, **{module: plan.training(module).rounds for module in plan.modules}}
+    return replace(state, rounds=rounds, **changes)
+
+
+def outcome_of(found: Outcome, module: Module) -> ModuleOutcome:
+    (one,) = [each for each in found.modules if each.module == module]
+    return one
+
+
+MOMENTS = {"noise_to_signal": 0.2, "kept_link": 0.96}
+EMBEDDING = {"residual_before": 9.0, "residual_after": 5.0, "noise_norm": 4.0, "steps": 200.0, "patients": 400.0}
+
+
+def after(plan: StudyPlan, moments: dict[str, float] = MOMENTS, embedding: dict[str, float] = EMBEDDING) -> Outcome:
+    return study_outcome(plan, finished(plan, fits={"moments": moments, "embedding": embedding}))
+
+
+def test_a_strong_signal_is_learnt_as_foretold(tiny_plan: StudyPlan) -> None:
+    plan = statistics_plan(tiny_plan, patients=4000)
+    found = after(plan)
+    for module in ("moments", "embedding"):
+        one = outcome_of(found, module)
+        assert (one.forecast, one.verdict, one.as_forecast) == ("learns", "learnt", True)
+        assert one.forecast_noise_to_signal == forecast(plan).worst(module).noise_to_signal
+    of_embedding = outcome_of(found, "embedding")
+    assert of_embedding.learnt == pytest.approx((81 - 25) / (81 - 16))
+    assert of_embedding.noise_to_signal == pytest.approx(4 / math.sqrt(65))
+    assert "20% was noise" in of_embedding.sentence  # 16 of 81
+
+
+def test_pure_noise_is_drowned_as_foretold(tiny_plan: StudyPlan) -> None:
+    plan = statistics_plan(tiny_plan, patients=15, epsilon=0.2)
+    found = after(plan, {"noise_to_signal": 30.0, "kept_link": 0.02}, EMBEDDING | {"residual_before": 4.1, "steps": 0})
+    for module in ("moments", "embedding"):
+        one = outcome_of(found, module)
+        assert (one.forecast, one.verdict, one.as_forecast) == ("drowns", "drowned", True)
+
+
+def test_a_false_hope_is_called_so(tiny_plan: StudyPlan) -> None:
+    one = outcome_of(after(statistics_plan(tiny_plan, 4000), {"noise_to_signal": 5.0, "kept_link": 0.1}), "moments")
+    assert (one.forecast, one.verdict, one.as_forecast) == ("learns", "drowned", False)
+
+
+@pytest.mark.parametrize(
+    ("before", "left", "verdict"),
+    [(9.0, 4.0, "learnt"), (9.0, 7.5, "partly"), (9.0, 9.2, "missed"), (4.2, 4.1, "nothing"), (5.2, 5.2, "nothing")],
+)
+def test_an_embedding_says_how_much_was_learnt(tiny_plan: StudyPlan, before: float, left: float, verdict: str) -> None:
+    fit = EMBEDDING | {"residual_before": before, "residual_after": left}
+    one = outcome_of(after(statistics_plan(tiny_plan, 4000), embedding=fit), "embedding")
+    assert one.verdict == verdict
+    assert (one.learnt is None) == (verdict == "nothing")
+    assert one.learnt is None or 0 <= one.learnt <= 1
+
+
+def test_without_a_coordinate_above_the_noise_everything_drowned(tiny_plan: StudyPlan) -> None:
+    nothing = EMBEDDING | {"residual_before": 0.0, "residual_after": 0.0, "noise_norm": 0.0}
+    assert outcome_of(after(statistics_plan(tiny_plan), embedding=nothing), "embedding").verdict == "drowned"
+
+
+def test_a_generator_tells_nothing_of_its_discriminators(tiny_plan: StudyPlan) -> None:
+    one = outcome_of(after(statistics_plan(tiny_plan)), "gan")
+    assert (one.verdict, one.as_forecast, one.noise_to_signal, one.learnt) == ("open", None, None, None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 40])
+def test_the_walk_is_that_of_adam_on_noise(steps: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    parameter = torch.nn.Parameter(torch.zeros(20_000))
+    optimizer = torch.optim.Adam([parameter], lr=1e-2)
+    for _ in range(steps):
+        parameter.grad = 3.7 * torch.randn(20_000, generator=generator)
+        optimizer.step()
+    assert float(parameter.detach().square().mean()) / 1e-4 == pytest.approx(walk(steps), rel=0.08)
+
+
+def networks_state(plan: StudyPlan, norms: dict[Module, float]) -> StudyState:
+    rows = {
+        module: [
+            {"round": number, "site": site.name, "update_norm": norms[module]}
+            for number in range(1, plan.training(module).rounds + 1)
+            for site in plan.sites
+        ]
+        for module in ("autoencoder", "radiogenomics")
+    }
+    return finished(plan, curves={**StudyState("", {}).curves, **rows})
+
+
+def test_networks_that_walk_at_random_drowned_and_those_that_march_learnt(tiny_plan: StudyPlan) -> None:
+    plan = StudyPlan.model_validate(
+        tiny_plan.model_dump()
+        | {
+            module: tiny_plan.training(module).model_dump() | {"steps_per_round": 40}
+            for module in ("autoencoder", "radiogenomics")
+        }
+    )
+    unit = {module: plan.training(module).learning_rate * math.sqrt(parameters(plan, module)) for module in TRAINED}  # type: ignore[union-attr]
+    noise, march = math.sqrt(walk(40)), 40.0
+    found = study_outcome(
+        plan,
+        networks_state(
+            plan, {"autoencoder": noise * unit["autoencoder"], "radiogenomics": 0.5 * march * unit["radiogenomics"]}
+        ),
+    )
+    drowned, learnt = outcome_of(found, "autoencoder"), outcome_of(found, "radiogenomics")
+    assert (drowned.verdict, drowned.noise_to_signal) == ("drowned", None)
+    assert "1.00 times as far as noise alone" in drowned.sentence
+    assert learnt.verdict == "learnt"
+    # A quarter of the squared step is signal: noise of sqrt(walk 3/4) against 40 sqrt(1/4), over 2 rounds and 2 sites.
+    share = (0.25 * 1600 - walk(40)) / (1600 - walk(40))
+    assert learnt.noise_to_signal == pytest.approx(math.sqrt(walk(40) * (1 - share) / (1600 * share * 4)))
+
+
+@pytest.mark.parametrize(("sigma", "verdict"), [(400.0, "drowned"), (0.05, "learnt")])
+def test_a_network_that_was_trained_privately_is_judged_rightly(
+    tiny_plan: StudyPlan, sigma: float, verdict: str
+) -> None:
+    """Real private steps: profiles that vary along one direction, under noise that hides it, and under next to none."""
+    section = tiny_plan.autoencoder.model_dump() | {"steps_per_round": 30, "rounds": 1, "learning_rate": 1e-3}
+    plan = StudyPlan.model_validate(tiny_plan.model_dump() | {"autoencoder": section})
+    draws = torch.Generator().manual_seed(7)
+    genes = torch.randn(40, 1, generator=draws) * torch.ones(20) + 1.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        start = make_autoencoder(plan).state_dict()
+    result = train_autoencoder(plan, start, genes, Mechanism(0.25, sigma, 30), SeededRandomness(7))
+    norms: dict[Module, float] = {"autoencoder": result.progress["update_norm"], "radiogenomics": 1.0}
+    assert outcome_of(study_outcome(plan, networks_state(plan, norms)), "autoencoder").verdict == verdict
+
+
+def test_rounds_of_one_step_tell_nothing(tiny_plan: StudyPlan) -> None:
+    sections = {m: tiny_plan.training(m).model_dump() | {"steps_per_round": 1} for m in TRAINED[:2]}
+    plan = StudyPlan.model_validate(tiny_plan.model_dump() | sections)
+    found = study_outcome(plan, networks_state(plan, {"autoencoder": 1.0, "radiogenomics": 1.0}))
+    assert outcome_of(found, "autoencoder").verdict == "open"
+
+
+def test_the_outcome_survives_json(tiny_plan: StudyPlan) -> None:
+    found = after(statistics_plan(tiny_plan))
+    assert Outcome.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_state_of_another_plan_or_an_unfinished_one_is_an_error(tiny_plan: StudyPlan) -> None:
+    plan = statistics_plan(tiny_plan)
+    with pytest.raises(ValueError, match="another plan"):
+        study_outcome(plan, StudyState("0" * 64, {}))
+    with pytest.raises(ValueError, match="not finished: moments"):
+        study_outcome(plan, StudyState(plan.digest, {}))
