@@ -5,7 +5,7 @@ With u the coordinates of expression in r public directions and m the standardis
     label ~ prior,    (u, m) | label ~ N(mean of the class, covariance),    genes = basis u + residual.
 
 The residual gives each gene, independently of the others, the variance that the plan's scale says it has and that u
-lacks. Morphology is predicted from genes by the best linear predictor under the model, the label by linear discriminant
+lacks, and a tenth of it in any case. Morphology is predicted from genes by the best linear predictor under the model, the label by linear discriminant
 analysis. A state is fitted by `fedsynth_server.fitting.moments`.
 """
 
@@ -21,6 +21,9 @@ from fedsynth.plan import StudyPlan
 from fedsynth.synthesis import SyntheticProfiles
 
 State = dict[str, Tensor]
+
+# Least variance of a gene's residual: no gene is a function of others, not even where noisy moments make it look so.
+_LEAST_RESIDUAL = 0.1
 
 
 def linear_gaussian_template(plan: StudyPlan) -> State:
@@ -75,7 +78,7 @@ class LinearGaussianProfiles:
         self._root = axes * variances.clamp(min=0.0).sqrt()
         self._loadings = self._basis * self._genes_scale
         explained = ((self._loadings @ total[:r, :r]) * self._loadings).sum(1)
-        self._residual_sd = (1.0 - explained).clamp(min=0.0).sqrt()
+        self._residual_sd = (1.0 - explained).clamp(min=_LEAST_RESIDUAL).sqrt()
 
     def draw(self, count: int, generator: torch.Generator) -> SyntheticProfiles:
         """Draw `count` synthetic patients: genes (count, G) on the plan's scale, morphology (count, F) in [0, 1], labels."""
