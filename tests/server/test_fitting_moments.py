@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsynth.engines.moments import Sizes, layout, public_template, rows, rows_of_size, unpack
+from fedsynth.engines.moments import Sizes, layout, public_template, row_size, rows, rows_of_size, unpack
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, linear_gaussian_template, public_prior
 from fedsynth.plan import StudyPlan
-from fedsynth_server.fitting.moments import attenuation, estimate_counts, fit_moments, fit_sum, shrink
+from fedsynth_server.fitting.moments import attenuation, estimate_counts, fit_moments, fit_sum, link_noise, shrink
 
 GENES, COMPONENTS = 40, 3
 FEATURES = ["volume", "enhancing_fraction", "sphericity"]
@@ -204,6 +204,15 @@ def test_attenuation_is_what_shortening_leaves_of_normal_vectors(plan: StudyPlan
     assert float(found["morphology"].diagonal().mean()) / 200_000 == pytest.approx(left.variance, abs=0.005)
     assert float(found["morphology"][0, 1]) / 200_000 / 0.1 == pytest.approx(left.correlation, abs=0.03)
     assert 0.3 < left.correlation < left.variance < left.mean < 1.0
+
+
+def test_noise_of_the_link_is_foretold(plan: StudyPlan) -> None:
+    length = row_size(plan)
+    found = []
+    for seed in range(300):
+        noise = 20.0 * torch.randn(length, generator=torch.Generator().manual_seed(seed))
+        found.append(unpack(SIZE, noise)["link"] / 500 / attenuation(COMPONENTS).mean ** 2)
+    assert float(torch.stack(found).std()) == pytest.approx(link_noise(SIZE, 20.0, 500), rel=0.05)
 
 
 def test_shrinkage_keeps_a_signal_and_removes_noise() -> None:

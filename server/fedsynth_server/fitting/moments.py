@@ -140,6 +140,21 @@ def fit_sum(
     return {**state, **{name: value.to(torch.float32) for name, value in fitted.items()}}, report
 
 
+def link_noise(size: Sizes, noise_sd: float, patients: int) -> float:
+    """Standard deviation that noise will give each correlation between a direction of expression and a feature.
+
+    Known before anything is spent. Links of genes and morphology are about 0.1 to 0.3 strong; where the noise is well
+    above that, little of them is left after shrinkage.
+
+    Args:
+        size: of the moments, with at least one feature.
+        noise_sd: standard deviation of all sites' noise in each entry of the sum.
+        patients: expected number of patients with both profile and morphology.
+    """
+    left = attenuation(size.components).mean * attenuation(size.features).mean
+    return math.sqrt(float(noise_variances(size, noise_sd)["link"][0, 0])) / (patients * left)
+
+
 def estimate_counts(moments: Mapping[str, Tensor], noise: Mapping[str, Tensor], patients: int) -> Counts:
     """Numbers of patients from noisy counts and the number that the sites declare.
 
