@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm
@@ -279,7 +280,11 @@ def test_half_precision_passes_are_clipped_exactly() -> None:
 
 
 def private(
-    model: nn.Module, backend: Backend | None = "bookkeeping", sigma: float = 1.0, seed: int | None = None
+    model: nn.Module,
+    backend: Backend | None = "bookkeeping",
+    sigma: float = 1.0,
+    seed: int | None = None,
+    autocast: torch.dtype | None = None,
 ) -> PrivateModel:
     return make_private(
         model,
@@ -289,6 +294,7 @@ def private(
         expected_batch=4,
         randomness=Quiet() if seed is None else SeededRandomness(seed),
         backend=backend,
+        autocast=autocast,
     )
 
 
@@ -375,6 +381,36 @@ def test_a_draw_is_noised_once_however_many_chunks_it_has() -> None:
         noise = [a - b for a, b in zip(noisy.parameters(), quiet.parameters(), strict=True)]
         spreads.append(float(torch.cat([n.detach().flatten() for n in noise]).std()))
     assert spreads == pytest.approx([2.0 * 0.3 / 4] * 3, rel=0.03)
+
+
+def test_opacus_accountants_count_steps_and_not_chunks() -> None:
+    accountant, model, items = RDPAccountant(), CASES["linear"].model(), CASES["linear"].items(6)
+    wrapped = private(model, sigma=2.0)
+    wrapped.optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.1))
+    for count in (6, 0, 3):
+        private_step(wrapped, count, lambda m, rows: losses(m, items[rows]), chunk=2)
+    assert accountant.history == [(2.0, 0.1, 3)]
+
+
+def test_opacus_own_step_cannot_release_what_was_not_accumulated() -> None:
+    model, items = CASES["linear"].model(), CASES["linear"].items(4)
+    wrapped = private(model)
+    losses(wrapped.module, items).mean().backward()  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match="Per sample gradient"):
+        wrapped.optimizer.step()
+
+
+def test_a_step_in_half_precision_is_near_the_whole_one() -> None:
+    case = CASES["convolution"]
+    items, updates = case.items(PATIENTS), []
+    for autocast in (None, torch.bfloat16):
+        model = case.model()
+        before = [p.detach().clone() for p in model.parameters()]
+        private_step(private(model, autocast=autocast), PATIENTS, lambda m, rows: losses(m, items[rows]))
+        updates.append([b - p.detach() for b, p in zip(before, model.parameters(), strict=True)])
+    assert_near(updates[1], updates[0], tolerance=0.05)
+    with pytest.raises(ValueError, match="autocast"):
+        private(case.model(), "hooks", autocast=torch.bfloat16)
 
 
 def test_public_passes_run_without_hooks() -> None:

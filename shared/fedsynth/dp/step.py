@@ -41,8 +41,8 @@ Backend = Literal["bookkeeping", "hooks"]
 PrivateLosses = Callable[[nn.Module, Tensor], Tensor]
 PublicLoss = Callable[[nn.Module], Tensor]
 
-# Patients at once. Measured (docs/private-step.md): larger chunks are not faster on a processor and need more memory.
-CHUNK = 32
+# Patients at once. Measured (docs/private-step.md): with fewer the kernels' fixed costs show, more are not faster.
+CHUNK = 64
 
 
 class PatientDPOptimizer(DPOptimizer):
@@ -74,7 +74,7 @@ class PatientDPOptimizer(DPOptimizer):
     def accumulate(self, clipped_sums: Sequence[Tensor]) -> None:
         """Add sums over patients of clipped gradients, one for each parameter, to what is released next."""
         for parameter, clipped in zip(self.params, clipped_sums, strict=True):
-            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad + clipped
+            parameter.summed_grad = clipped if parameter.summed_grad is None else parameter.summed_grad.add_(clipped)
 
     def release(self) -> None:
         """Noise and scale what was accumulated, once, into ``p.grad``; without any patient, the noise alone."""
