@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def load_task(data: Path, cohorts: Path) -> Task:
     cohort = PublicCohort(public.images, public.masks, public.morphology.astype(np.float64), public.labels)
     slices, targets = extractor_task(cohort)
     t1c = slices[:, 1].reshape(len(slices), SIZE, 64 // SIZE, SIZE, 64 // SIZE).mean(axis=(2, 4))
-    return Task({name: merged[name] for name in ("a", "b", "c")}, merged["test"], _scaled(t1c), targets)
+    return Task({name: merged[name] for name in ("a", "b", "c")}, merged["test"], scaled(t1c), targets)
 
 
 def _prepared(path: Path) -> NDArray[np.float32]:
@@ -75,10 +76,10 @@ def _prepared(path: Path) -> NDArray[np.float32]:
     with Image.open(path) as picture:
         grey = np.asarray(picture.convert("L"), dtype=np.float32)
     factor = len(grey) // SIZE
-    return _scaled(grey.reshape(SIZE, factor, SIZE, factor).mean(axis=(1, 3))[None])[0]
+    return scaled(grey.reshape(SIZE, factor, SIZE, factor).mean(axis=(1, 3))[None])[0]
 
 
-def _scaled(slices: NDArray[np.floating]) -> NDArray[np.float32]:
+def scaled(slices: NDArray[np.floating]) -> NDArray[np.float32]:
     bright = np.quantile(slices, 0.99, axis=(1, 2), keepdims=True)
     return np.clip(slices / np.maximum(bright, 1e-3), 0, 1).astype(np.float32)
 
@@ -99,16 +100,19 @@ class ClassNetwork(nn.Module):
 
 
 def classify(train: Slices, test: Slices, seed: int) -> dict[str, float | None]:
-    network = fit(
-        ClassNetwork,
-        functional.cross_entropy,
-        train.images[:, None],
-        train.labels,  # type: ignore[arg-type]  # `fit` hands targets to the loss as they are
-        np.random.default_rng([seed, 9]),
-        300,
-        64,
-        "Training a class network",
-    )
+    # `fit` seeds the weights; dropout draws from torch's global stream.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = fit(
+            ClassNetwork,
+            functional.cross_entropy,
+            train.images[:, None],
+            train.labels,  # type: ignore[arg-type]  # `fit` hands targets to the loss as they are
+            np.random.default_rng([seed, 9]),
+            300,
+            64,
+            "Training a class network",
+        )
     logits = predict(network, test.images[:, None])
     return {
         "accuracy": round(float((logits.argmax(axis=1) == test.labels).mean()), 4),
