@@ -14,15 +14,29 @@ import pytest
 
 from fedsynth.errors import FedsynthError, JobFailed, Refused, UsageError
 from fedsynth.files import read_json
-from fedsynth.plan import StudyPlan, load_plan
+from fedsynth.plan import Module, StudyPlan, load_plan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
+from fedsynth_server.outcome import ModuleOutcome, Outcome
 from fedsynth_server.release import make as make_module
 from fedsynth_server.release.manifest import files_of
 from fedsynth_server.release.preview import Example, ReferenceExamples
 from fedsynth_server.release.verify import verify
 
 Make = Callable[..., Path]
+
+
+def drowned(module: Module) -> ModuleOutcome:
+    return ModuleOutcome(
+        module=module,
+        forecast_noise_to_signal=4.0,
+        forecast="drowns",
+        noise_to_signal=None,
+        learnt=0.0,
+        verdict="drowned",
+        as_forecast=True,
+        sentence="Nothing stands out of the noise.",
+    )
 
 
 def test_equal_arguments_give_equal_bytes(made: Path, make: Make, tmp_path: Path) -> None:
@@ -190,3 +204,22 @@ def test_a_participant_drawn_twice_is_refused(
 ) -> None:
     with pytest.raises(JobFailed, match="twice"):
         make(tmp_path / "out", patients=[release_patients[0], release_patients[0]])
+
+
+def test_an_outcome_is_released_and_verified(make: Make, tmp_path: Path, release_plan: StudyPlan) -> None:
+    found = Outcome(plan_digest=release_plan.digest, modules=[drowned(module) for module in release_plan.modules])
+    out = make(tmp_path / "out", outcome=found)
+    assert Outcome.model_validate(read_json(out / "outcome.json")) == found
+    assert verify(out).status("outcome") == "ok"
+    assert "drowned in noise" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_release_without_an_outcome_verifies(made: Path) -> None:
+    assert not (made / "outcome.json").exists()
+    assert verify(made).status("outcome") == "ok"
+
+
+def test_an_outcome_that_leaves_modules_out_is_found(make: Make, tmp_path: Path, release_plan: StudyPlan) -> None:
+    short = Outcome(plan_digest=release_plan.digest, modules=[drowned("gan")])
+    checked = verify(make(tmp_path / "out", outcome=short))
+    assert checked.status("outcome") == "failed" and not checked.ok

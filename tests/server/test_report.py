@@ -25,7 +25,8 @@ from fedsynth.plan import (
     StudyPlan,
 )
 from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
-from fedsynth_server.release.report import write_report
+from fedsynth_server.outcome import ModuleOutcome, Outcome
+from fedsynth_server.release.report import MODULE_TITLES, write_report
 
 RELEASED = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
 SITES = {"academic-north": 300, "regional-east": 180, "childrens-west": 120}
@@ -75,7 +76,7 @@ def statement(of: StudyPlan, **changes: Any) -> PrivacyStatement:
                     steps_planned=of.training(module).steps,
                     epsilon_alone=3.1371 + place / 10,
                 )
-                for module in TRAINED
+                for module in of.modules
             ],
         )
         for place, site in enumerate(of.sites)
@@ -184,8 +185,11 @@ def evaluation(**changes: Any) -> Evaluation:
 
 def curves(of: StudyPlan) -> Curves:
     found: Curves = {}
-    for module in TRAINED:
+    for module in of.modules:
         rows: list[dict[str, float | int | str]] = []
+        if module not in TRAINED:
+            found[module] = [{"round": 1, "site": site.name} for site in of.sites]
+            continue
         for at in range(1, of.training(module).rounds + 1):
             for place, site in enumerate(of.sites):
                 wave = ((at * 37 + place * 53) % 17) / 60
@@ -196,6 +200,47 @@ def curves(of: StudyPlan) -> Curves:
                 rows.append(row)
         found[module] = rows
     return found
+
+
+STATISTIC = {"budget_share": 0.3, "public": {"sha256": "ab" * 32, "provenance": "simulated patients"}}
+WARM = {"generator_sha256": "ab" * 32, "discriminator_sha256": "cd" * 32, "provenance": "simulated patients"}
+
+
+def plan_with(*, moments: bool, embedding: bool, gan: bool, warm: bool = True) -> StudyPlan:
+    """A plan with other engines than the networks and the GAN alone."""
+    values = plan().model_dump()
+    for module, stays in (("autoencoder", not moments), ("radiogenomics", not moments), ("gan", gan)):
+        values[module] = values[module] | {"budget_share": 0.15} | ({} if stays else {"rounds": 0})
+    values["gan"]["warm_start"] = WARM if warm else None
+    values["moments"] = STATISTIC if moments else None
+    values["embedding"] = STATISTIC if embedding else None
+    return StudyPlan.model_validate(values)
+
+
+def outcome(of: StudyPlan) -> Outcome:
+    words = {
+        "moments": ("learns", 0.38, 0.31, 0.91, "learnt", True, "96% of the noisy link was kept."),
+        "autoencoder": ("drowns", 4.2, None, 0.0, "drowned", True, "A round moved the weights 1.02 times as far."),
+        "radiogenomics": ("partly", 1.3, 0.7, 0.67, "learnt", False, "A round moved the weights 3.10 times as far."),
+        "embedding": ("learns", 0.12, 0.4, 0.62, "partly", False, "Of the squared distance, 14% was noise."),
+        "gan": ("drowns", 7.0, None, None, "open", None, "What the discriminators learnt stays at the sites."),
+    }
+    modules = []
+    for module in of.modules:
+        forecast, foretold, ratio, learnt, verdict, as_forecast, sentence = words[module]
+        modules.append(
+            ModuleOutcome(
+                module=module,
+                forecast_noise_to_signal=foretold,
+                forecast=forecast,
+                noise_to_signal=ratio,
+                learnt=learnt,
+                verdict=verdict,
+                as_forecast=as_forecast,
+                sentence=sentence,
+            )
+        )
+    return Outcome(plan_digest=of.digest, modules=modules)
 
 
 def png(width: int = 80, height: int = 40) -> bytes:
@@ -415,3 +460,55 @@ def test_picture_that_is_no_png_is_refused(tmp_path: Path) -> None:
 def test_time_without_zone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="time zone"):
         report(tmp_path / "report.html", released=datetime(2026, 1, 1))
+
+
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("images", ["embedding", "gan", "both", "public"])
+def test_every_choice_of_engines_has_a_report(tmp_path: Path, moments: bool, images: str) -> None:
+    the_plan = plan_with(moments=moments, embedding=images in ("embedding", "both"), gan=images in ("gan", "both"))
+    page = Page(report(tmp_path / "report.html", plan=the_plan, outcome=outcome(the_plan)))
+    for module in the_plan.modules:
+        assert MODULE_TITLES[module] in page.text
+    assert len(page.identifiers) == len(set(page.identifiers))
+    once = [
+        title for module, title in MODULE_TITLES.items() if module in ("moments", "embedding") and title in page.text
+    ]
+    assert ("Released once:" in page.text) == bool(once)
+    assert ("the site sent the sum of all rows with Gaussian noise" in page.text) == bool(once)
+    assert ("linear-Gaussian model" in page.text) == moments
+    assert ("a gene autoencoder, and a deep" in page.text) == (not moments)
+    assert ("fitted to one noisy mean embedding" in page.text) == (images in ("embedding", "both"))
+    assert ("refined in 20 rounds" in page.text) == (images == "both")
+    assert ("trained in 20 rounds" in page.text) == (images == "gan")
+    assert ("no private image took part" in page.text) == (images == "public")
+    # Statistics have no curve, and an empty panel must not stand in for one.
+    drawn = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("class") == "chart"]
+    trained = [module for module in the_plan.modules if module in TRAINED]
+    assert len(drawn) == len(trained) + ("gan" in trained)
+
+
+def test_forecast_and_outcome_stand_side_by_side(tmp_path: Path) -> None:
+    the_plan = plan_with(moments=True, embedding=True, gan=True)
+    page = Page(report(tmp_path / "report.html", plan=the_plan, outcome=outcome(the_plan)))
+    assert "What the noise left to learn" in page.text
+    assert "0.38: will learn 0.31 learnt as foretold 96% of the noisy link was kept." in page.text
+    assert "0.12: will learn 0.4 partly learnt not as foretold" in page.text
+    assert "7: will drown in noise – cannot be told What the discriminators" in page.text
+
+
+def test_a_release_without_a_comparison_says_so(tmp_path: Path) -> None:
+    assert "Forecast and outcome were not compared" in Page(report(tmp_path / "report.html")).text
+
+
+def test_the_outcome_of_another_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="report_plan_mismatch"):
+        report(tmp_path / "report.html", outcome=outcome(plan(name="another-study")))
+
+
+def test_a_hostile_sentence_of_an_outcome_stays_text(tmp_path: Path) -> None:
+    the_plan = plan()
+    attack = "<script>alert(1)</script>"
+    found = outcome(the_plan)
+    hostile = found.model_copy(update={"modules": [found.modules[0].model_copy(update={"sentence": attack})]})
+    page = Page(report(tmp_path / "report.html", plan=the_plan, outcome=hostile))
+    assert attack in page.text and "script" not in {tag for tag, _ in page.elements}
