@@ -23,7 +23,7 @@ MEASURES = {
     "recall": "recall of images",
     "coverage": "coverage of images",
     "precision": "precision of images",
-    "training_seconds": "seconds of the recipe itself, one thread",
+    "training_seconds": "CPU seconds of the recipe itself, without the measurement",
 }
 _ORDER = ("real", "public", "conditions", "scratch", "warm", "embedding", "hybrid")
 _ARRANGEMENTS = ("federated", "pooled", "single")
