@@ -41,7 +41,7 @@ from fedsynth.metrics.coexpression import coexpression
 from fedsynth.metrics.regression import mean_absolute_error, mean_r2
 from fedsynth.metrics.roc_auc import macro_auc
 from fedsynth.models.gene_autoencoder import generate_expression, make_autoencoder
-from fedsynth.models.linear_gaussian import LinearGaussianProfiles
+from fedsynth.models.linear_gaussian import LinearGaussianProfiles, public_prior
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
 from fedsynth.plan import AutoencoderPlan, GenePlan, RadiogenomicsPlan, StudyPlan, TrainingPlan
 from fedsynth.records import State
@@ -55,6 +55,7 @@ from fedsynth_simulations.evaluation.linear import class_scores, ridge_predictio
 from fedsynth_simulations.gene_basis import public_moments_weights, weights_of_basis
 from fedsynth_simulations.pretrain import pretrain_autoencoder
 
+_COMPONENTS = (4, 8, 12, 16, 32)
 SITES = ("north", "south", "east")
 DELTA = 1e-5
 Scores = dict[str, float]
@@ -160,27 +161,34 @@ def simulated(folder: Path, seed: int, repeats: int, networks: bool) -> Iterator
     largest = {site: _table(folder, f"seed{seed}-{site}-train-*.npz") for site in SITES}
     test = join([_table(folder, f"seed{seed}-{site}-holdout-*.npz") for site in SITES])
 
-    middle = np.broadcast_to(morphology.mean(axis=0), test.morphology.shape)
-    yield "public mean (floor)", "-", _of_predictions(middle, test)
+    for components in _COMPONENTS:
+        size = Sizes(2, components, test.morphology.shape[1])
+        prior = public_prior(size, public_moments_weights(profiles, morphology, components))
+        yield f"public weights alone (floor), r={components}", "-", _of_state(prior, plan, test, 0)
     for count in (100, 300, 1000):
         sites = [largest[site].where(np.arange(len(largest[site].labels)) < count) for site in SITES]
         pooled = join(sites)
         yield "ridge and logistic regression, real, not private", f"n={count}", _real_trained(pooled, test)
-        for components in (4, 8, 12, 16, 32):
+        for components in _COMPONENTS:
             public = public_moments_weights(profiles, morphology, components)
             size = Sizes(2, components, test.morphology.shape[1])
             for epsilon in (1.0, 3.0, 10.0, math.inf):
                 for repeat in range(repeats if math.isfinite(epsilon) else 1):
                     state = fitted_moments(size, public, sites, one_release(epsilon), repeat)
-                    model = LinearGaussianProfiles(state, plan.genes.clip)
-                    drawn = model.draw(len(test.labels), torch.Generator().manual_seed(repeat))
-                    scores = _scores(model.predict(torch.from_numpy(test.genes)), drawn, test)
+                    scores = _of_state(state, plan, test, repeat)
                     yield f"moments, r={components}", f"n={count}, eps {epsilon:g}", scores
         if networks:
             start = _public_autoencoder(plan, profiles)
             for epsilon in (1.0, 3.0, 10.0):
                 scores = _networks(plan, start, morphology, sites, epsilon, test)
                 yield "autoencoder and DNN", f"n={count}, eps {epsilon:g}", scores
+
+
+def _of_state(state: State, plan: StudyPlan, test: Table, seed: int) -> Scores:
+    """Scores of the linear-Gaussian model of a state."""
+    model = LinearGaussianProfiles(state, plan.genes.clip)
+    drawn = model.draw(len(test.labels), torch.Generator().manual_seed(seed))
+    return _scores(model.predict(torch.from_numpy(test.genes)), drawn, test)
 
 
 def _table(folder: Path, pattern: str) -> Table:
