@@ -71,13 +71,21 @@ def read(paths: Sequence[Path], size: int) -> list[Line]:
     return found
 
 
+def _named(values: dict[str, str]) -> str:
+    return values["recipe"] + (f", {values['variant']}" if values.get("variant") else "")
+
+
+def _rank(recipe: str) -> tuple[int, str]:
+    return _ORDER.index(recipe.partition(",")[0]), recipe
+
+
 def table(lines: Sequence[Line], measure: str) -> str:
     """A Markdown table of one measure; empty cells were not run."""
     columns = sorted(
         {(line.arrangement, line.patients) for line in lines if line.recipe != "public"},
         key=lambda column: (_ARRANGEMENTS.index(column[0]), column[1]),
     )
-    rows = sorted({(line.recipe, line.epsilon) for line in lines}, key=lambda row: (_ORDER.index(row[0]), row[1]))
+    rows = sorted({(line.recipe, line.epsilon) for line in lines}, key=lambda row: (_rank(row[0]), row[1]))
     head = ["recipe", "epsilon", *(f"{arrangement} {patients}" for arrangement, patients in columns)]
     text = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for recipe, epsilon in rows:
@@ -125,7 +133,7 @@ def _figure(lines: Sequence[Line], path: Path) -> None:
         1, len(epsilons), figsize=(3.2 * len(epsilons), 3.2), sharey=True, squeeze=False, layout="constrained"
     )
     for panel, epsilon in zip(axes[0], epsilons, strict=True):
-        for recipe in _ORDER:
+        for recipe in sorted({line.recipe for line in lines}, key=_rank):
             if recipe == "public":
                 floor = _values(select(lines, recipe, epsilon, "", 0), "tumour_auc")
                 if floor:

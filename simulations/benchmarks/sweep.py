@@ -13,9 +13,9 @@ Recipes:
 - ``embedding``: public weights fitted to the private mean embedding; ``hybrid``: that, then adversarial refinement.
 
 Arrangements: ``federated`` (three sites of n patients), ``pooled`` (one site of 3 n), ``single`` (one site of n, the
-northern one). All are tested on the same held-out patients of all three sites. Options that are not part of a run's
-identity (shares, rounds, fit) want an ``--out`` of their own. Cohorts come from ``cohorts.py``, public weights from
-``warm_start.py``. At 32 pixels a run of 3 x 300 patients takes one to four minutes on one core.
+northern one). All are tested on the same held-out patients of all three sites. ``--variant NAME --set gan.rounds=6
+embedding.fit_steps=100`` tries the recipes with another plan. Cohorts come from ``cohorts.py``, public weights from
+``warm_start.py``. At 32 pixels a run of 3 x 300 patients takes one to three minutes on one core.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ from fedsynth_simulations.benchmarking.recipes import (
     RECIPES,
     Conditions,
     Recipe,
-    Shares,
     SiteData,
-    Steps,
     pooled,
     recipe_plan,
     run_recipe,
@@ -79,11 +77,12 @@ class Run:
     seed: int
     size: int
     conditions: Conditions
+    variant: str = ""
 
     @property
     def key(self) -> str:
         """The identity as text; an infinite epsilon is ``inf``."""
-        return "/".join(str(value) for value in asdict(self).values())
+        return "/".join(str(value) for value in asdict(self).values()).rstrip("/")
 
 
 class Bench:
@@ -97,15 +96,7 @@ class Bench:
         self.most: int = max(given.patients)
         self.dice: bool = given.dice
         self.drawn: int = given.drawn
-        self.shares = Shares(given.profiles_share, given.image_share, given.image_share, *given.hybrid_shares)
-        self.steps = Steps(
-            given.scratch_rounds,
-            given.warm_rounds,
-            given.hybrid_rounds,
-            given.fit_steps,
-            given.fit_learning_rate,
-            given.dimensions,
-        )
+        self.changes = _changes(given.set)
         weights, start = load_warm_start(given.start)
         self.weights: dict[str, State] = weights
         self.start: WarmStart = start
@@ -185,16 +176,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cohort-seed", type=int, default=7)
     parser.add_argument("--drawn", type=int, default=300, help="synthetic patients that are measured")
     parser.add_argument("--dice", action="store_true", help="measure a segmentation, too (slow)")
-    parser.add_argument("--profiles-share", type=float, default=0.3)
-    parser.add_argument("--image-share", type=float, default=0.7)
-    parser.add_argument("--hybrid-shares", type=float, nargs=2, default=[0.5, 0.2], help="of embedding and gan")
-    parser.add_argument("--scratch-rounds", type=int, default=20)
-    parser.add_argument("--warm-rounds", type=int, default=3)
-    parser.add_argument("--hybrid-rounds", type=int, default=3)
-    parser.add_argument("--fit-steps", type=int)
-    parser.add_argument("--fit-learning-rate", type=float)
-    parser.add_argument("--dimensions", type=int)
-    return parser.parse_args()
+    parser.add_argument("--variant", default="", help="name of what --set changes, part of a run's identity")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="SECTION.KEY=VALUE", help="changes to the plan, e.g. gan.rounds=6"
+    )
+    given = parser.parse_args()
+    if bool(given.set) != bool(given.variant):
+        parser.error("--set and --variant go together: a changed plan needs a name")
+    return given
+
+
+def _changes(given: list[str]) -> dict[str, dict[str, object]]:
+    """``["gan.rounds=6"]`` -> ``{"gan": {"rounds": 6}}``; values are JSON, or else text."""
+    changes: dict[str, dict[str, object]] = {}
+    for change in given:
+        place, _, value = change.partition("=")
+        section, _, key = place.partition(".")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        changes.setdefault(section, {})[key] = parsed
+    return changes
 
 
 def _runs(given: argparse.Namespace) -> Iterator[Run]:
@@ -209,7 +212,7 @@ def _runs(given: argparse.Namespace) -> Iterator[Run]:
             given.epsilons, given.patients, given.arrangements, given.recipes
         ):
             if recipe not in ("real", "public") and (recipe != "conditions" or given.conditions == "moments"):
-                yield Run(recipe, epsilon, patients, arrangement, seed, given.size, given.conditions)
+                yield Run(recipe, epsilon, patients, arrangement, seed, given.size, given.conditions, given.variant)
 
 
 def _do(bench: Bench, run: Run) -> dict[str, object]:
@@ -233,7 +236,7 @@ def _synthesise(bench: Bench, run: Run, recipe: Recipe) -> tuple[StudyPlan, Volu
     sites = _sites(bench, run)
     declared = {name: max(len(site.patients.labels), 1) for name, site in sites.items()} or {"none": 1000}
     base = benchmark_plan(bench.size, declared, warm_start=bench.start)
-    plan = recipe_plan(base, recipe, run.epsilon, bench.weights, bench.start, bench.shares, bench.steps)
+    plan = recipe_plan(base, recipe, run.epsilon, bench.weights, bench.start, bench.changes)
     outcome = run_recipe(
         plan,
         sites,

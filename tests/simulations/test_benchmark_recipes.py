@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.plan import StudyPlan, WarmStart
@@ -18,9 +19,7 @@ from fedsynth_simulations.benchmarking.grid import benchmark_plan
 from fedsynth_simulations.benchmarking.recipes import (
     Outcome,
     Recipe,
-    Shares,
     SiteData,
-    Steps,
     pooled,
     recipe_plan,
     run_recipe,
@@ -84,8 +83,9 @@ def run(base: StudyPlan, weights: dict[str, State], recipe: Recipe, epsilon: flo
         discriminator_sha256=state_digest(weights["discriminator"]),
         provenance="drawn at random for a test",
     )
-    plan = recipe_plan(base, recipe, epsilon, weights, start, Shares(), Steps(scratch=1, warm=1, hybrid=1, fit=2))
-    plan = plan.model_copy(update={"gan": plan.gan.model_copy(update={"steps_per_round": 2})})
+    rounds = 1 if recipe in ("warm", "hybrid") else 0
+    changes = {"gan": {"steps_per_round": 2, "rounds": rounds}, "embedding": {"fit_steps": 2}}
+    plan = recipe_plan(base, recipe, epsilon, weights, start, changes)
     sites = {site.name: site_data(some_patients(base, PATIENTS, i)) for i, site in enumerate(base.sites)}
     profiles = SyntheticProfiles(
         torch.zeros(4, 0), torch.full((4, len(base.morphology.features)), 0.5), torch.arange(4) % 2
@@ -112,6 +112,12 @@ def test_a_run_repeats_itself_and_another_seed_does_not(base, weights):
     first, again, other = (run(base, weights, "warm", 10.0, seed).generator for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_change_that_no_section_knows_is_an_error(base, weights):
+    start = WarmStart(generator_sha256="0" * 64, discriminator_sha256="0" * 64, provenance="none for a test")
+    with pytest.raises(ValidationError, match="fit_stepz"):
+        recipe_plan(base, "embedding", 3.0, weights, start, {"embedding": {"fit_stepz": 3}})
 
 
 def test_without_noise_no_epsilon_is_reported(base, weights):

@@ -39,30 +39,33 @@ _NO_LIMIT = 1e4  # stands for an infinite epsilon where a plan wants a number; i
 _UNKNOWN = PublicWeights(sha256="0" * 64, provenance="not there: conditions come from the public cohort")
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How the budget is split: weights of `fedsynth.dp.accounting.allocate`."""
+# Sections of the plan and what of them a recipe changes against the plan's defaults.
+Changes = Mapping[str, Mapping[str, object]]
 
-    profiles: float = 0.3
-    embedding: float = 0.7
-    gan: float = 0.7
-    hybrid_embedding: float = 0.5
-    hybrid_gan: float = 0.2
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Lengths: of the adversarial parts in rounds of 20 private steps at each site, and of the fit to the embedding.
-
-    None leaves the plan's default.
-    """
-
-    scratch: int = 20
-    warm: int = 3
-    hybrid: int = 3
-    fit: int | None = None
-    fit_learning_rate: float | None = None
-    dimensions: int | None = None
+# Shares weigh the modules (`fedsynth.dp.accounting.allocate`). From random weights the generator has to move; from public
+# ones it must not run away (`fedsynth.recommend`).
+DEFAULTS: Mapping[Recipe, Changes] = {
+    "public": {"gan": {"rounds": 0}},
+    "conditions": {"gan": {"rounds": 0}},
+    "scratch": {
+        "moments": {"budget_share": 0.3},
+        "gan": {"rounds": 20, "budget_share": 0.7, "generator_learning_rate": 2e-4, "warm_start": None},
+    },
+    "warm": {
+        "moments": {"budget_share": 0.3},
+        "gan": {"rounds": 3, "budget_share": 0.7, "generator_learning_rate": 2e-5},
+    },
+    "embedding": {
+        "moments": {"budget_share": 0.3},
+        "embedding": {"budget_share": 0.7},
+        "gan": {"rounds": 0},
+    },
+    "hybrid": {
+        "moments": {"budget_share": 0.3},
+        "embedding": {"budget_share": 0.5},
+        "gan": {"rounds": 3, "budget_share": 0.2, "generator_learning_rate": 2e-5},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ def recipe_plan(
     target_epsilon: float,
     weights: Mapping[str, State],
     start: WarmStart,
-    shares: Shares,
-    steps: Steps,
+    changes: Changes | None = None,
 ) -> StudyPlan:
     """The plan of a study that follows `recipe`.
 
@@ -108,41 +110,24 @@ def recipe_plan(
         target_epsilon: of all modules together; may be infinite.
         weights: public weights by name, of which the statistics' digests go into the plan.
         start: public weights of generator and discriminator.
-        shares: of the budget.
-        steps: of the adversarial parts.
+        changes: to the recipe's `DEFAULTS`, by section; those of a section that the recipe lacks are left out.
+
+    Raises:
+        pydantic.ValidationError: a change names no field of its section, or a value that it cannot have.
     """
-    rounds = {"scratch": steps.scratch, "warm": steps.warm, "hybrid": steps.hybrid}.get(recipe, 0)
-    hybrid = recipe == "hybrid"
-    gan = base.gan.model_copy(
-        update={
-            "rounds": rounds,
-            "warm_start": None if recipe == "scratch" else start,
-            "budget_share": shares.hybrid_gan if hybrid else shares.gan,
-            # From random weights the generator has to move; from public ones it must not run away (`recommend`).
-            "generator_learning_rate": 2e-4 if recipe == "scratch" else 2e-5,
-        }
-    )
-    images = EmbeddingPlan(
-        budget_share=shares.hybrid_embedding if hybrid else shares.embedding,
-        public=_public(weights, "embedding"),
-    )
-    asked = {
-        "fit_steps": steps.fit,
-        "fit_learning_rate": steps.fit_learning_rate,
-        "dimensions": steps.dimensions,
+    sections: dict[str, dict[str, object]] = {
+        "privacy": {**base.privacy.model_dump(), "epsilon": min(target_epsilon, _NO_LIMIT)},
+        "moments": MomentsPlan(budget_share=1.0, public=_public(weights, "moments")).model_dump(),
+        "autoencoder": {**base.autoencoder.model_dump(), "rounds": 0, "warm_start": None},
+        "radiogenomics": {**base.radiogenomics.model_dump(), "rounds": 0},
+        "gan": {**base.gan.model_dump(), "warm_start": start.model_dump()},
     }
-    images = images.model_copy(update={name: value for name, value in asked.items() if value is not None})
-    changed = base.model_copy(
-        update={
-            "privacy": base.privacy.model_copy(update={"epsilon": min(target_epsilon, _NO_LIMIT)}),
-            "moments": MomentsPlan(budget_share=shares.profiles, public=_public(weights, "moments")),
-            "autoencoder": base.autoencoder.model_copy(update={"rounds": 0, "warm_start": None}),
-            "radiogenomics": base.radiogenomics.model_copy(update={"rounds": 0}),
-            "embedding": images if recipe in ("embedding", "hybrid") else None,
-            "gan": gan,
-        }
-    )
-    return StudyPlan.model_validate(changed.model_dump())
+    if "embedding" in DEFAULTS[recipe]:
+        sections["embedding"] = EmbeddingPlan(budget_share=1.0, public=_public(weights, "embedding")).model_dump()
+    for section, values in sections.items():
+        values |= DEFAULTS[recipe].get(section, {})
+        values |= (changes or {}).get(section, {})
+    return StudyPlan.model_validate({**base.model_dump(), "embedding": None, **sections})
 
 
 def _public(weights: Mapping[str, State], module: Module) -> PublicWeights:

@@ -32,6 +32,7 @@ _DELTA = 1e-5
 _PER_CLASS = 400  # synthetic slices of each class
 _NO_NOISE = 1e-3
 _GAN_ROUNDS, _GAN_STEPS, _GAN_BATCH = 15, 20, 64
+_GENERATOR_BATCH = 32
 _FIT_STEPS, _FIT_BATCH = 200, 60
 _START_STEPS, _START_BATCH = 500, 48
 _COMPONENTS = 128  # public directions in which features are released
@@ -56,7 +57,7 @@ def _plan(task: Task) -> StudyPlan:
                     "expected_batch": _GAN_BATCH,
                     "learning_rate": 1e-3,
                     "generator_learning_rate": 5e-4,
-                    "generator_batch": _GAN_BATCH,
+                    "generator_batch": _GENERATOR_BATCH,
                     "warm_start": None,
                 }
             ),
