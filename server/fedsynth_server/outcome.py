@@ -128,7 +128,7 @@ def _outcome(plan: StudyPlan, state: StudyState, foretold: ModuleForecast) -> Mo
             None,
             None,
             "What the discriminators learnt stays at the sites, and a generator moves as far when it follows a blind one: "
-            "the comparison with the public-only generator tells whether this training helped.",
+            "only the quality of the images, beside that of the public-only generator, tells whether it helped.",
         )
     return _of_network(plan, training, state.curves[foretold.module], foretold)
 
@@ -140,6 +140,8 @@ def _of_moments(plan: StudyPlan, fit: dict[str, float], foretold: ModuleForecast
         f"The noise of the link of genes and morphology is {_times(ratio)} its estimated size; {kept:.0%} of the noisy "
         f"link was kept, the rest shrunk away as noise."
     )
+    if verdict == "drowned":
+        sentence += " Either the noise hides the link, or the patients have little of one."
     return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
 
 

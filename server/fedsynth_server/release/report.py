@@ -121,7 +121,7 @@ def write_report(
         summary=None if evaluation is None else _summary(evaluation),
         legend=[Series(site, place, ()) for place, site in enumerate(drawn)],
         training=_training(curves, drawn),
-        released_once=[MODULE_TITLES[module] for module in plan.modules if module in PUBLIC],
+        released_once=[_in_a_sentence(MODULE_TITLES[module]) for module in plan.modules if module in PUBLIC],
         outcome=[] if outcome is None else [_outcome_row(each) for each in outcome.modules],
         methods=[("Profiles", wording.profile_method(plan)), ("Images", wording.image_method(plan))],
         preview=_picture(preview_png),
@@ -363,6 +363,10 @@ def _summary(evaluation: Evaluation) -> Summary:
         compared=len(against_public),
         better_than_public=sum(against_public),
     )
+
+
+def _in_a_sentence(title: str) -> str:
+    return title[0].lower() + title[1:]
 
 
 def _outcome_row(found: ModuleOutcome) -> OutcomeRow:
