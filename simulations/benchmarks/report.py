@@ -17,6 +17,8 @@ import numpy as np
 
 MEASURES = {
     "tumour_auc": "AUC of tumour-bearing slice, trained on synthetic, tested on real",
+    "t1_auc": "the same from T1 alone",
+    "t1c_auc": "the same from T1c alone",
     "label_auc": "AUC of grade from images, trained on synthetic, tested on real",
     "dice": "Dice of a segmentation trained on synthetic, tested on real",
     "frechet": "Fréchet distance in domain features (lower is better)",
@@ -49,7 +51,8 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     lines = read(given.runs, given.size)
-    text = "\n\n".join(f"### {title}\n\n{table(lines, name)}" for name, title in MEASURES.items())
+    shown = {name: title for name, title in MEASURES.items() if _values(lines, name)}
+    text = "\n\n".join(f"### {title}\n\n{table(lines, name)}" for name, title in shown.items())
     (given.out / "recipes.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     _figure(lines, given.out / "recipes.png")
