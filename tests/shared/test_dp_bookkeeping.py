@@ -303,7 +303,13 @@ def update(case: Case, items: Tensor, patients: int, chunk: int = 64, backend: B
     model = case.model()
     before = [p.detach().clone() for p in model.parameters()]
     groups = items.reshape(patients, -1, *items.shape[1:])
-    private_step(private(model, backend), patients, lambda m, rows: losses(m, groups[rows].flatten(0, 1)), chunk=chunk)
+    private_step(
+        private(model, backend),
+        patients,
+        lambda m, rows: losses(m, groups[rows].flatten(0, 1)),
+        items_per_patient=groups.shape[1],
+        chunk=chunk,
+    )
     return [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
 
 

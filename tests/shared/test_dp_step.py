@@ -114,7 +114,7 @@ def of(batch: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
 
 
 def ours(model: nn.Module, setting: Setting, batch: Tensor, public: PublicLoss | None) -> None:
-    private_step(_private(model, setting), len(batch), of(batch), public)
+    private_step(_private(model, setting), len(batch), of(batch), public, items_per_patient=batch.shape[1])
 
 
 def _private(model: nn.Module, setting: Setting) -> PrivateModel:
@@ -205,7 +205,7 @@ def public_gradient_before_pre_step(
         add_noise()
 
     private.optimizer.add_noise = add_noise_to_what_was_there  # type: ignore[method-assign]
-    private_step(private, len(batch), of(batch), None)
+    private_step(private, len(batch), of(batch), None, items_per_patient=batch.shape[1])
 
 
 def public_gradient_clipped(model: nn.Module, setting: Setting, batch: Tensor, public: PublicLoss | None) -> None:
@@ -289,7 +289,7 @@ def test_steps_do_not_remember_the_gradients_of_earlier_steps() -> None:
     model = network()
     private = _private(model, setting)
     for batch in (first, second, patients(0, 2)):
-        private_step(private, len(batch), of(batch), large_public_loss)
+        private_step(private, len(batch), of(batch), large_public_loss, items_per_patient=2)
     fresh = network()
     for batch in (first, second, patients(0, 2)):
         wrapped = copy.deepcopy(fresh)
@@ -309,3 +309,9 @@ def test_a_layer_that_mixes_samples_is_refused(layer: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(FEATURES, 7), layer, nn.Linear(7, 1))
     with pytest.raises(UnsupportedModuleError):
         _private(model, Setting())
+
+
+def test_losses_of_other_patients_than_those_asked_for_are_refused() -> None:
+    private, batch = _private(network(), Setting()), patients(4, 1).flatten(0, 1)
+    with pytest.raises(ValueError, match="split evenly"):
+        private_step(private, 4, lambda module, _: losses(module, batch), chunk=2)

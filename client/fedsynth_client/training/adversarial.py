@@ -143,7 +143,8 @@ def train_gan(
             return softplus(model(fake, code)).mean()
 
         # As many slices at once whatever the draw: memory does not grow with the batch.
-        private_step(private, len(drawn), real_losses, fake_loss, chunk=max(CHUNK // len(items), 1))
+        chunk = max(CHUNK // len(items), 1)
+        private_step(private, len(drawn), real_losses, fake_loss, items_per_patient=len(items), chunk=chunk)
         rung, due = after_discriminator_step(rung)
         if due:
             code = synthetic_condition(gan.generator_batch)

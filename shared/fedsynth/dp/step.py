@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -191,6 +191,7 @@ def private_step(
     private_losses: PrivateLosses,
     public_loss: PublicLoss | None = None,
     *,
+    items_per_patient: int = 1,
     chunk: int = CHUNK,
 ) -> None:
     """One noisy step on a drawn batch of patients.
@@ -203,10 +204,11 @@ def private_step(
             items and is clipped as one; one that is not finite counts as 0 (with hooks: its values that are not finite).
         public_loss: maps the model to a scalar that depends on no private data given the model; its gradient is added
             unclipped and without noise. A plain backward pass.
+        items_per_patient: k. Stated, since losses of other patients than those asked for could pass as further items.
         chunk: patients whose clipped gradients are computed at once. The result does not depend on it.
 
     Raises:
-        ValueError: the losses cannot be split evenly over the patients, or `chunk` is not positive.
+        ValueError: the losses are not k a patient, or `chunk` is not positive.
         MixedSamplesError: at the first step with several items: a sample's output or loss depends on another sample.
         UnsupportedLayerError: the losses use the model in a way whose per-patient gradient is not known.
     """
@@ -216,11 +218,13 @@ def private_step(
     accumulate = _accumulate_with_hooks if private.bookkeeper is None else _accumulate
     with weights_of_one_step(private.model):
         for positions in torch.arange(patients).split(chunk) if patients else ():
-            if private.tested_for_mixing:
-                accumulate(private, positions, private_losses)
-            else:
-                with watched(private.model) as seen:
-                    items = accumulate(private, positions, private_losses)
+            with watched(private.model) if not private.tested_for_mixing else nullcontext() as seen:
+                items = accumulate(private, positions, private_losses)
+            if items != len(positions) * items_per_patient:
+                raise ValueError(
+                    f"{items} losses cannot be split evenly over {len(positions)} patients of {items_per_patient} items"
+                )
+            if seen is not None:
                 check_forward(private.model, seen, items)
                 private.tested_for_mixing = items > 1
     private.optimizer.release()
