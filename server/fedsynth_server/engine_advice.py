@@ -109,7 +109,11 @@ _PROFILE_MODULES: list[Module] = ["moments", "autoencoder", "radiogenomics"]
 
 def _recommended(plan: StudyPlan, starts: PublicStarts) -> StudyPlan:
     """`plan` with the sections that are recommended; a plan to compute with, which nobody has validated."""
-    return plan.model_copy(update=vars(recommend([site.nominal_patients for site in plan.sites], starts)))
+    return plan.model_copy(
+        update=vars(
+            recommend([site.nominal_patients for site in plan.sites], starts, plan.privacy.epsilon, plan.privacy.delta)
+        )
+    )
 
 
 def _image_modules(plan: StudyPlan) -> list[Module]:

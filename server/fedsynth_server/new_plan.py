@@ -56,7 +56,7 @@ def new_plan(
             }
         )
         starts = public_starts(warm_start, genes) if warm_start else PublicStarts()
-        recommended = recommend([s.nominal_patients for s in declared], starts)
+        recommended = recommend([s.nominal_patients for s in declared], starts, epsilon, delta)
         return StudyPlan(
             name=name,
             purpose=purpose,

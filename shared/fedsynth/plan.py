@@ -204,7 +204,7 @@ class StatisticPlan(Section):
 class MomentsPlan(StatisticPlan):
     """First and second moments of genes (in `components` public directions), morphology and label."""
 
-    components: Count = 16
+    components: Count = 12
 
 
 class EmbeddingPlan(StatisticPlan):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from fedsynth.dp.accounting import noise_multiplier
 from fedsynth.plan import (
     AutoencoderPlan,
     EmbeddingPlan,
@@ -15,6 +17,11 @@ from fedsynth.plan import (
 )
 
 _LARGEST_IMAGE_BATCH = 64
+# Patients over noise, N / (sigma sqrt(sites)), at which the link of genes and morphology is nearly as good as without
+# noise (docs/genes.md); what is left of the budget serves the images better.
+_MOMENTS_PATIENTS_TO_NOISE = 350.0
+_IMAGES_SHARE = 0.4  # beside trained modules, and of the GAN
+_LARGEST_MOMENTS_PART, _LEAST_MOMENTS_PART = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class Recommendation:
     gan: GanPlan
 
 
-def recommend(sizes: list[int], starts: PublicStarts) -> Recommendation:
-    """Sections for a study whose sites declare `sizes` patients.
+def recommend(sizes: list[int], starts: PublicStarts, epsilon: float, delta: float) -> Recommendation:
+    """Sections for a study whose sites declare `sizes` patients, with a budget of `epsilon` at `delta`.
 
     One-shot statistics are preferred wherever the public weights are at hand that they need: at the sizes of hospitals
     they have far less noise to signal than hundreds of private steps (`docs/recipes.md`, `docs/genes.md`). Without such
@@ -55,10 +62,12 @@ def recommend(sizes: list[int], starts: PublicStarts) -> Recommendation:
     smallest = min(sizes)
     embedding = None
     if starts.embedding is not None and starts.gan is not None:
-        embedding = EmbeddingPlan(budget_share=0.6, public=starts.embedding)
+        share = _IMAGES_SHARE if starts.moments is None else 1 - _moments_share(sizes, epsilon, delta)
+        embedding = EmbeddingPlan(budget_share=round(share, 2), public=starts.embedding)
     moments = None
     if starts.moments is not None:
-        moments = MomentsPlan(budget_share=0.4, public=starts.moments)
+        share = 1 - _IMAGES_SHARE if embedding is None else _moments_share(sizes, epsilon, delta)
+        moments = MomentsPlan(budget_share=round(share, 2), public=starts.moments)
     return Recommendation(
         moments=moments,
         autoencoder=_autoencoder(smallest, starts.autoencoder, takes_part=moments is None),
@@ -66,6 +75,18 @@ def recommend(sizes: list[int], starts: PublicStarts) -> Recommendation:
         embedding=embedding,
         gan=_gan(smallest, starts.gan, takes_part=embedding is None),
     )
+
+
+def _moments_share(sizes: list[int], epsilon: float, delta: float) -> float:
+    """The moments' share beside the embedding's, in (0, 1).
+
+    Gaussian releases compose by the sum of 1 / sigma^2, of which the moments get the part that they can use. An epsilon
+    goes roughly as 1 / sigma, so the shares are as the roots of the parts.
+    """
+    together = noise_multiplier(1.0, 1, epsilon, delta)
+    enough = sum(sizes) / (_MOMENTS_PATIENTS_TO_NOISE * math.sqrt(len(sizes)))
+    part = min(max((together / enough) ** 2, _LEAST_MOMENTS_PART), _LARGEST_MOMENTS_PART)
+    return math.sqrt(part) / (math.sqrt(part) + math.sqrt(1 - part))
 
 
 def _autoencoder(smallest: int, start: PublicWeights | None, *, takes_part: bool) -> AutoencoderPlan:
@@ -105,7 +126,7 @@ def _gan(smallest: int, start: WarmStart | None, *, takes_part: bool) -> GanPlan
         # away from the public weights to wherever the noise happens to leave the discriminator blind.
         learning_rate=4e-4,
         generator_learning_rate=2e-5 if start else 1e-4,
-        budget_share=0.4,
+        budget_share=_IMAGES_SHARE,
         ema_decay=0.5,
         warm_start=start,
     )

@@ -19,6 +19,7 @@ from fedsynth_simulations.cohort.expression import public_expression_reference, 
 from fedsynth_simulations.cohort.panel import load_panel
 
 _PUBLIC_PROFILES = 400
+_DELTA = 1e-5
 _REFERENCE_SEED = 1  # the public reference population is the same in every study
 
 # Standard deviation of each feature on the normalised scale, over 1,600 public simulated patients (`cohort.public`).
@@ -91,8 +92,8 @@ def study_plan(
         genes=genes,
         morphology=MorphologyPlan(features=list(_PUBLIC_SD), reference_sd=list(_PUBLIC_SD.values())),
         label=LabelPlan(name="grade", classes=["low", "high"]),
-        privacy=PrivacyPlan(epsilon=epsilon, delta=1e-5, reproducible_seed=reproducible_seed),
-        **vars(recommend(list(sites.values()), starts)),
+        privacy=PrivacyPlan(epsilon=epsilon, delta=_DELTA, reproducible_seed=reproducible_seed),
+        **vars(recommend(list(sites.values()), starts, epsilon, _DELTA)),
         aggregation=AggregationPlan(min_sites=min(2, len(sites))),
         sites=[SitePlan(name=site, nominal_patients=count) for site, count in sites.items()],
     )

@@ -246,7 +246,11 @@ STARTS = {
 
 
 def recommended(plan: StudyPlan, starts: PublicStarts) -> StudyPlan:
-    return plan.model_copy(update=vars(recommend([site.nominal_patients for site in plan.sites], starts)))
+    return plan.model_copy(
+        update=vars(
+            recommend([site.nominal_patients for site in plan.sites], starts, plan.privacy.epsilon, plan.privacy.delta)
+        )
+    )
 
 
 @pytest.mark.parametrize("known", STARTS)
