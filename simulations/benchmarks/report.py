@@ -67,9 +67,7 @@ def read(paths: Sequence[Path], size: int) -> list[Line]:
             if values["size"] == size:
                 measured = {name: values.get(name) for name in MEASURES}
                 found.append(
-                    Line(
-                        values["recipe"], float(values["epsilon"]), values["patients"], values["arrangement"], measured
-                    )
+                    Line(_named(values), float(values["epsilon"]), values["patients"], values["arrangement"], measured)
                 )
     return found
 
