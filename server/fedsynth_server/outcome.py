@@ -6,12 +6,9 @@ them: post-processing, without privacy cost. Of each kind of module another thin
 - *Moments*: noise over the estimated signal of the link between genes and morphology, as the fit reports it.
 - *Embedding*: the squared distance of the start from the noisy mean is the sum of what was to be learnt and of the noise,
   whose part is known. What the fit took away of the former was learnt.
-- *Networks that are averaged*: how far rounds moved the weights, against how far noise alone would have. Adam divides
-  each parameter's mean gradient by the root of its mean square, so a gradient of pure noise, whatever its size, moves
-  every parameter by a random walk of steps of about the learning rate: after T steps over d parameters the weights have
-  moved by about ``lr sqrt(T d)`` (`walk` has the exact factor in place of T), and a gradient without noise moves them by
-  ``lr T sqrt(d)``. Where a round lies between the two tells the share of signal in a step. This is an approximation:
-  the gradients of all parameters are taken to be alike, and a network that has settled moves as little as one that drowns.
+- *Networks that are averaged*: which directions of the change of their weights stand out of the random walk that noise
+  alone makes (`fedsynth_server.random_walk`). The weights of a warm start are no longer there after the run, so of such a
+  network only the lengths of its rounds tell, and those seldom.
 - *GAN*: nothing. The noisy discriminators stay at their sites, and a generator moves as far when it follows a blind one.
 """
 
@@ -21,11 +18,17 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
 from fedsynth.plan import Module, StudyPlan, TrainingPlan
+from fedsynth.records import WEIGHTS, State
+from fedsynth_server.aggregation import site_weights
 from fedsynth_server.checkpoint import CurveRow, StudyState
 from fedsynth_server.forecast import ModuleForecast, Reading, forecast, parameters, read
+from fedsynth_server.random_walk import movement, walk
 
 Verdict = Literal["learnt", "partly", "drowned", "missed", "nothing", "open"]
 
@@ -37,7 +40,6 @@ _AS_FORETOLD: dict[Verdict, tuple[Reading, ...]] = {
     "nothing": ("learns",),
 }
 _OF_READING: dict[Reading, Verdict] = {"learns": "learnt", "partly": "partly", "drowns": "drowned"}
-_MOMENTUM = 0.9  # of Adam, as the sites train networks of profiles
 # How far beyond a random walk, in squares, a round must have moved before the rest is taken for signal.
 _WALK_ERROR = 0.15
 _PART, _LITTLE = 0.5, 0.1  # shares of what was to be learnt
@@ -98,23 +100,6 @@ def study_outcome(plan: StudyPlan, state: StudyState) -> Outcome:
     )
 
 
-def walk(steps: int) -> float:
-    """Mean squared length of Adam's walk over `steps` steps on independent noise, in squared learning rates.
-
-    The gradient of step s enters the updates of steps t >= s with the weights (1 - b) b^(t - s) / (1 - b^t), b the momentum;
-    divided by the gradients' own root mean square they add up to c_s, and the noise of different steps is independent:
-    sum of c_s^2. From few steps the root mean square is known badly, which makes the walk shorter by up to a tenth.
-
-    >>> walk(1), 51 < walk(40) < 52
-    (1.0, True)
-    """
-    shares = [
-        sum((1 - _MOMENTUM) * _MOMENTUM ** (t - s) / (1 - _MOMENTUM**t) for t in range(s, steps + 1))
-        for s in range(1, steps + 1)
-    ]
-    return sum(share**2 for share in shares)
-
-
 def _outcome(plan: StudyPlan, state: StudyState, foretold: ModuleForecast) -> ModuleOutcome:
     training = plan.training(foretold.module)
     if foretold.module == "moments":
@@ -130,7 +115,7 @@ def _outcome(plan: StudyPlan, state: StudyState, foretold: ModuleForecast) -> Mo
             "What the discriminators learnt stays at the sites, and a generator moves as far when it follows a blind one: "
             "only the quality of the images, beside that of the public-only generator, tells whether it helped.",
         )
-    return _of_network(plan, training, state.curves[foretold.module], foretold)
+    return _of_network(plan, training, state, foretold.module, foretold)
 
 
 def _of_moments(plan: StudyPlan, fit: dict[str, float], foretold: ModuleForecast) -> ModuleOutcome:
@@ -170,25 +155,71 @@ def _of_embedding(fit: dict[str, float], foretold: ModuleForecast) -> ModuleOutc
 
 
 def _of_network(
-    plan: StudyPlan, training: TrainingPlan, rows: Sequence[CurveRow], foretold: ModuleForecast
+    plan: StudyPlan, training: TrainingPlan, state: StudyState, module: Module, foretold: ModuleForecast
 ) -> ModuleOutcome:
-    steps, random_walk = training.steps_per_round, walk(training.steps_per_round)
-    moved = [float(row["update_norm"]) for row in rows]
-    if steps == 1 or not moved:
+    rows = state.curves[module]
+    if training.steps_per_round == 1 or not rows:
         text = "Rounds of a single step move the weights equally far with noise and without."
         return _made(foretold, "open", None, None, text)
+    if module == "radiogenomics" and plan.radiogenomics.nonnegative_output:
+        return _made(foretold, "open", None, None, "Weights that are held non-negative do not walk as noise would.")
+    start = _start(plan, state, module)
+    if start is None:
+        return _by_length(plan, training, rows, foretold)
+    # Rounds add up; within a round the sites' walks are averaged.
+    by_round: dict[str, list[str]] = {}
+    for row in rows:
+        by_round.setdefault(str(row["round"]), []).append(str(row["site"]))
+    walks = sum(sum(w**2 for w in site_weights(plan, sites).values()) for sites in by_round.values())
+    noise_sd = training.learning_rate * math.sqrt(walk(training.steps_per_round) * walks)
+    found = movement(start, state.weights[WEIGHTS[module]], noise_sd)
+    if found.signal_norm == 0:
+        text = (
+            "No direction of the change of its weights stands out of what noise alone makes "
+            f"(the largest: {found.largest:.2f} times the edge of noise)."
+        )
+        return _made(foretold, "drowned", None, 0.0, text)
+    ratio = found.noise_norm / found.signal_norm
+    sentence = (
+        f"Along some directions the weights moved up to {found.largest:.1f} times as far as noise alone would have moved "
+        f"them; all in all noise is {_times(ratio)} what stands out."
+    )
+    # What stands out has come through, however much noise lies beside it.
+    verdict: Verdict = "learnt" if read(plan, module, ratio) == "learns" else "partly"
+    return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
+
+
+def _by_length(
+    plan: StudyPlan, training: TrainingPlan, rows: Sequence[CurveRow], foretold: ModuleForecast
+) -> ModuleOutcome:
+    """By the lengths of the sites' rounds: between that of a random walk and that of steps all in one direction."""
+    steps, random_walk = training.steps_per_round, walk(training.steps_per_round)
     unit = training.learning_rate**2 * parameters(plan, foretold.module)
-    mean_square = sum(norm**2 for norm in moved) / len(moved) / unit
-    beyond = math.sqrt(mean_square / random_walk)
-    said = f"A round moved the weights {beyond:.2f} times as far as noise alone would"
+    mean_square = sum(float(row["update_norm"]) ** 2 for row in rows) / len(rows) / unit
+    said = f"A round moved the weights {math.sqrt(mean_square / random_walk):.2f} times as far as noise alone would"
     if mean_square <= (1 + _WALK_ERROR) * random_walk:
-        return _made(foretold, "drowned", None, 0.0, f"{said}: nothing stands out of the noise, or nothing was left.")
+        text = f"{said}; along which directions, which would tell more, is not known after a warm start."
+        return _made(foretold, "open", None, None, text)
     signal = min((mean_square - random_walk) / (steps**2 - random_walk), 1.0)
-    rounds_and_sites = len(moved)
-    ratio = math.sqrt(random_walk * (1 - signal) / (steps**2 * signal * rounds_and_sites))
+    ratio = math.sqrt(random_walk * (1 - signal) / (steps**2 * signal * len(rows)))
     verdict = _OF_READING[read(plan, foretold.module, ratio)]
     sentence = f"{said}; over all rounds and sites that is noise of {_times(ratio)} the signal."
     return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
+
+
+def _start(plan: StudyPlan, state: StudyState, module: Module) -> State | None:
+    """The weights that a network of profiles started from (`fedsynth_server.checkpoint.first_state`); None if public."""
+    if module == "autoencoder" and plan.autoencoder.warm_start is not None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(plan.digest[:15], 16))
+        autoencoder, dnn = make_autoencoder(plan), make_radiogenomic_dnn(plan)
+    if module == "autoencoder":
+        return dict(autoencoder.state_dict())
+    if plan.radiogenomics.start_from_encoder:
+        autoencoder.load_state_dict(state.weights["autoencoder"])
+        start_from_encoder(dnn, autoencoder)
+    return dict(dnn.state_dict())
 
 
 def _made(

@@ -11,12 +11,15 @@ import torch
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness
-from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.plan import TRAINED, Module, StudyPlan
+from fedsynth.plan import TRAINED, Module, StudyPlan, TrainingPlan
+from fedsynth.records import State
 from fedsynth_client.training.profiles import train_autoencoder
-from fedsynth_server.checkpoint import StudyState
+from fedsynth_server.aggregation import weighted_average
+from fedsynth_server.checkpoint import CurveRow, StudyState, first_state
 from fedsynth_server.forecast import forecast, parameters
-from fedsynth_server.outcome import ModuleOutcome, Outcome, study_outcome, walk
+from fedsynth_server.outcome import ModuleOutcome, Outcome, study_outcome
+from fedsynth_server.random_walk import walk
+from fedsynth_server.rounds import _from_encoder
 
 PUBLIC = {"sha256": "0" * 64, "provenance": "weights of a test"}
 
@@ -116,65 +119,118 @@ def test_the_walk_is_that_of_adam_on_noise(steps: int) -> None:
     assert float(parameter.detach().square().mean()) / 1e-4 == pytest.approx(walk(steps), rel=0.08)
 
 
-def networks_state(plan: StudyPlan, norms: dict[Module, float]) -> StudyState:
-    rows = {
+LONG: dict[str, Any] = {"steps_per_round": 40, "rounds": 2}
+NETWORKS: tuple[Module, ...] = ("autoencoder", "radiogenomics")
+
+
+def networks_plan(tiny: StudyPlan, **autoencoder: Any) -> StudyPlan:
+    sections: dict[str, Any] = {module: tiny.training(module).model_dump() | LONG for module in NETWORKS}
+    sections["autoencoder"] |= {"hidden": [64, 48], "latent_dim": 32} | autoencoder
+    return StudyPlan.model_validate(tiny.model_dump() | sections)
+
+
+def starts(plan: StudyPlan) -> dict[str, State]:
+    """As the coordinator starts: the DNN from what the encoder has become, which in these tests is its start."""
+    weights = first_state(plan, None).weights
+    return {"autoencoder": weights["autoencoder"], "radiogenomics": _from_encoder(plan, StudyState("", weights))}
+
+
+def walked(state: State, noise_sd: float, generator: torch.Generator) -> State:
+    return {name: t + noise_sd * torch.randn(t.shape, generator=generator) for name, t in state.items()}
+
+
+def networks_state(plan: StudyPlan, weights: dict[str, State], norm: float = 1.0) -> StudyState:
+    rows: dict[Module, list[CurveRow]] = {
         module: [
-            {"round": number, "site": site.name, "update_norm": norms[module]}
+            {"round": number, "site": site.name, "update_norm": norm}
             for number in range(1, plan.training(module).rounds + 1)
             for site in plan.sites
         ]
-        for module in ("autoencoder", "radiogenomics")
+        for module in NETWORKS
     }
-    return finished(plan, curves={**StudyState("", {}).curves, **rows})
+    return replace(finished(plan, curves={**StudyState("", {}).curves, **rows}), weights=weights)
 
 
-def test_networks_that_walk_at_random_drowned_and_those_that_march_learnt(tiny_plan: StudyPlan) -> None:
-    plan = StudyPlan.model_validate(
-        tiny_plan.model_dump()
-        | {
-            module: tiny_plan.training(module).model_dump() | {"steps_per_round": 40}
-            for module in ("autoencoder", "radiogenomics")
-        }
-    )
-    unit = {module: plan.training(module).learning_rate * math.sqrt(parameters(plan, module)) for module in TRAINED}  # type: ignore[union-attr]
-    noise, march = math.sqrt(walk(40)), 40.0
-    found = study_outcome(
-        plan,
-        networks_state(
-            plan, {"autoencoder": noise * unit["autoencoder"], "radiogenomics": 0.5 * march * unit["radiogenomics"]}
-        ),
-    )
-    drowned, learnt = outcome_of(found, "autoencoder"), outcome_of(found, "radiogenomics")
-    assert (drowned.verdict, drowned.noise_to_signal) == ("drowned", None)
-    assert "1.00 times as far as noise alone" in drowned.sentence
-    assert learnt.verdict == "learnt"
-    # A quarter of the squared step is signal: noise of sqrt(walk 3/4) against 40 sqrt(1/4), over 2 rounds and 2 sites.
-    share = (0.25 * 1600 - walk(40)) / (1600 - walk(40))
-    assert learnt.noise_to_signal == pytest.approx(math.sqrt(walk(40) * (1 - share) / (1600 * share * 4)))
+def noise_of(plan: StudyPlan, module: Module) -> float:
+    """Standard deviation of the averaged walk of two rounds at two sites of equal weight: two halves of a walk."""
+    training = plan.training(module)
+    assert isinstance(training, TrainingPlan)
+    return training.learning_rate * math.sqrt(walk(training.steps_per_round))
 
 
-@pytest.mark.parametrize(("sigma", "verdict"), [(400.0, "drowned"), (0.05, "learnt")])
+@pytest.mark.parametrize("seed", range(5))
+def test_networks_that_walked_at_random_drowned(tiny_plan: StudyPlan, seed: int) -> None:
+    plan, draws = networks_plan(tiny_plan), torch.Generator().manual_seed(seed)
+    start = starts(plan)
+    moved = {"autoencoder": walked(start["autoencoder"], noise_of(plan, "autoencoder"), draws)}
+    # The DNN starts from the encoder as it is after its own rounds.
+    begun = _from_encoder(plan, StudyState("", {**first_state(plan, None).weights, **moved}))
+    moved["radiogenomics"] = walked(begun, noise_of(plan, "radiogenomics"), draws)
+    found = study_outcome(plan, networks_state(plan, moved))
+    for module in NETWORKS:
+        one = outcome_of(found, module)
+        assert (one.verdict, one.noise_to_signal, one.learnt) == ("drowned", None, 0.0)
+
+
+def test_a_direction_that_stands_out_was_learnt_by_its_strength(tiny_plan: StudyPlan) -> None:
+    plan, draws = networks_plan(tiny_plan), torch.Generator().manual_seed(7)
+    start, noise = starts(plan)["autoencoder"], noise_of(plan, "autoencoder")
+    name = "encoder.2.weight"
+    rows, columns = start[name].shape
+    entries = sum(tensor.numel() for tensor in start.values() if tensor.ndim == 2)
+    direction = torch.outer(torch.ones(rows) / math.sqrt(rows), torch.ones(columns) / math.sqrt(columns))
+    for strength, verdict in ((2.0, "learnt"), (0.6, "partly")):  # of the norm of all noise
+        moved = walked(start, noise, draws)
+        moved[name] = moved[name] + strength * noise * math.sqrt(entries) * direction
+        weights = {**starts(plan), "autoencoder": moved}
+        one = outcome_of(study_outcome(plan, networks_state(plan, weights)), "autoencoder")
+        assert one.verdict == verdict
+        assert one.noise_to_signal == pytest.approx(1 / strength, rel=0.1)
+
+
+@pytest.mark.parametrize(("sigma", "verdicts"), [(400.0, {"drowned"}), (0.02, {"partly", "learnt"})])
 def test_a_network_that_was_trained_privately_is_judged_rightly(
-    tiny_plan: StudyPlan, sigma: float, verdict: str
+    tiny_plan: StudyPlan, sigma: float, verdicts: set[str]
 ) -> None:
     """Real private steps: profiles that vary along one direction, under noise that hides it, and under next to none."""
-    section = tiny_plan.autoencoder.model_dump() | {"steps_per_round": 30, "rounds": 1, "learning_rate": 1e-3}
-    plan = StudyPlan.model_validate(tiny_plan.model_dump() | {"autoencoder": section})
+    plan = networks_plan(tiny_plan, learning_rate=1e-3)
     draws = torch.Generator().manual_seed(7)
-    genes = torch.randn(40, 1, generator=draws) * torch.ones(20) + 1.0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        start = make_autoencoder(plan).state_dict()
-    result = train_autoencoder(plan, start, genes, Mechanism(0.25, sigma, 30), SeededRandomness(7))
-    norms: dict[Module, float] = {"autoencoder": result.progress["update_norm"], "radiogenomics": 1.0}
-    assert outcome_of(study_outcome(plan, networks_state(plan, norms)), "autoencoder").verdict == verdict
+    genes = {site: torch.randn(40, 1, generator=draws) * torch.ones(20) + 1.0 for site in ("a", "b")}
+    weights = starts(plan)
+    for number in range(plan.autoencoder.rounds):
+        received = {
+            site: train_autoencoder(
+                plan,
+                weights["autoencoder"],
+                genes[site],
+                Mechanism(0.25, sigma, 40),
+                SeededRandomness(10 * number + place),
+            ).weights
+            for place, site in enumerate(genes)
+        }
+        weights["autoencoder"] = weighted_average(received, {"a": 0.5, "b": 0.5})
+    assert outcome_of(study_outcome(plan, networks_state(plan, weights)), "autoencoder").verdict in verdicts
 
 
-def test_rounds_of_one_step_tell_nothing(tiny_plan: StudyPlan) -> None:
-    sections = {m: tiny_plan.training(m).model_dump() | {"steps_per_round": 1} for m in TRAINED[:2]}
-    plan = StudyPlan.model_validate(tiny_plan.model_dump() | sections)
-    found = study_outcome(plan, networks_state(plan, {"autoencoder": 1.0, "radiogenomics": 1.0}))
-    assert outcome_of(found, "autoencoder").verdict == "open"
+def test_after_a_warm_start_only_lengths_tell(tiny_plan: StudyPlan) -> None:
+    plan = networks_plan(tiny_plan, warm_start=PUBLIC)
+    unit = plan.autoencoder.learning_rate * math.sqrt(parameters(plan, "autoencoder"))
+    plain = starts(networks_plan(tiny_plan))
+    noise = outcome_of(study_outcome(plan, networks_state(plan, plain, math.sqrt(walk(40)) * unit)), "autoencoder")
+    assert (noise.verdict, noise.as_forecast) == ("open", None) and "1.00 times" in noise.sentence
+    marched = outcome_of(study_outcome(plan, networks_state(plan, plain, 0.5 * 40 * unit)), "autoencoder")
+    # A quarter of the squared step is signal: noise of sqrt(walk 3/4) against 40 sqrt(1/4), over 2 rounds and 2 sites.
+    share = (0.25 * 1600 - walk(40)) / (1600 - walk(40))
+    assert marched.verdict == "learnt"
+    assert marched.noise_to_signal == pytest.approx(math.sqrt(walk(40) * (1 - share) / (1600 * share * 4)))
+
+
+@pytest.mark.parametrize("change", [{"steps_per_round": 1}, {"nonnegative_output": True}])
+def test_what_cannot_be_told_is_left_open(tiny_plan: StudyPlan, change: dict[str, Any]) -> None:
+    plan = networks_plan(tiny_plan)
+    section = plan.radiogenomics.model_dump() | change
+    plan = StudyPlan.model_validate(plan.model_dump() | {"radiogenomics": section})
+    assert outcome_of(study_outcome(plan, networks_state(plan, starts(plan))), "radiogenomics").verdict == "open"
 
 
 def test_the_outcome_survives_json(tiny_plan: StudyPlan) -> None:
