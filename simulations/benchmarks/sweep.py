@@ -50,6 +50,7 @@ from fedsynth_simulations.benchmarking.recipes import (
     Conditions,
     Recipe,
     SiteData,
+    check_public,
     pooled,
     recipe_plan,
     run_recipe,
@@ -101,6 +102,7 @@ class Bench:
         self.weights: dict[str, State] = weights
         self.start: WarmStart = start
         self.plan: StudyPlan = benchmark_plan(self.size, {"any": 1000}, warm_start=start)
+        check_public(recipe_plan(self.plan, "embedding", 10.0, weights, start), weights)
 
     @property
     def extractor(self) -> DomainExtractor:

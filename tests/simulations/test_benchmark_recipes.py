@@ -20,6 +20,7 @@ from fedsynth_simulations.benchmarking.recipes import (
     Outcome,
     Recipe,
     SiteData,
+    check_public,
     pooled,
     recipe_plan,
     run_recipe,
@@ -112,6 +113,17 @@ def test_a_run_repeats_itself_and_another_seed_does_not(base, weights):
     first, again, other = (run(base, weights, "warm", 10.0, seed).generator for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_public_weights_of_another_version_are_refused(base, weights):
+    start = WarmStart(generator_sha256="0" * 64, discriminator_sha256="0" * 64, provenance="none for a test")
+    plan = recipe_plan(base, "embedding", 3.0, weights, start)
+    check_public(plan, weights)
+    name = PUBLIC["embedding"]
+    with pytest.raises(ValueError, match="embedding are missing or of another version"):
+        check_public(plan, {**weights, name: {**weights[name], "scale": torch.zeros(3)}})
+    with pytest.raises(ValueError, match="moments"):
+        check_public(plan, {name: weights[name]})
 
 
 def test_a_change_that_no_section_knows_is_an_error(base, weights):

@@ -135,6 +135,21 @@ def _public(weights: Mapping[str, State], module: Module) -> PublicWeights:
     return _UNKNOWN if state is None else PublicWeights(sha256=state_digest(state), provenance="of the benchmark")
 
 
+def check_public(plan: StudyPlan, weights: Mapping[str, State]) -> None:
+    """Make sure that public weights are those that the engines of this version take.
+
+    Raises:
+        ValueError: a statistic's weights are missing, or have other names or shapes.
+    """
+    for module, template in (
+        ("moments", moments.public_template(plan)),
+        ("embedding", embedding.public_template(plan)),
+    ):
+        held = weights.get(PUBLIC["moments" if module == "moments" else "embedding"], {})
+        if {name: tensor.shape for name, tensor in held.items()} != {n: t.shape for n, t in template.items()}:
+            raise ValueError(f"the public weights of {module} are missing or of another version: make them anew")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a recipe ends with.
