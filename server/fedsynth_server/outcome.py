@@ -173,20 +173,18 @@ def _of_network(
     walks = sum(sum(w**2 for w in site_weights(plan, sites).values()) for sites in by_round.values())
     noise_sd = training.learning_rate * math.sqrt(walk(training.steps_per_round) * walks)
     found = movement(start, state.weights[WEIGHTS[module]], noise_sd)
-    if found.signal_norm == 0:
+    if found.signal == 0:
         text = (
             "No direction of the change of its weights stands out of what noise alone makes "
             f"(the largest: {found.largest:.2f} times the edge of noise)."
         )
         return _made(foretold, "drowned", None, 0.0, text)
-    ratio = found.noise_norm / found.signal_norm
+    ratio = math.sqrt((1 - found.signal) / found.signal)
     sentence = (
-        f"Along some directions the weights moved up to {found.largest:.1f} times as far as noise alone would have moved "
-        f"them; all in all noise is {_times(ratio)} what stands out."
+        f"Along one direction the weights moved {found.largest:.1f} times as far as noise alone could have moved them; "
+        f"{found.signal:.0%} of the clearest direction is signal."
     )
-    # What stands out has come through, however much noise lies beside it.
-    verdict: Verdict = "learnt" if read(plan, module, ratio) == "learns" else "partly"
-    return _made(foretold, verdict, ratio, 1 / (1 + ratio**2), sentence)
+    return _made(foretold, _OF_READING[read(plan, module, ratio)], ratio, found.signal, sentence)
 
 
 def _by_length(

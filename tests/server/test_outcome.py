@@ -18,7 +18,7 @@ from fedsynth_server.aggregation import weighted_average
 from fedsynth_server.checkpoint import CurveRow, StudyState, first_state
 from fedsynth_server.forecast import forecast, parameters
 from fedsynth_server.outcome import ModuleOutcome, Outcome, study_outcome
-from fedsynth_server.random_walk import walk
+from fedsynth_server.random_walk import movement, walk
 from fedsynth_server.rounds import _from_encoder
 
 PUBLIC = {"sha256": "0" * 64, "provenance": "weights of a test"}
@@ -172,20 +172,29 @@ def test_networks_that_walked_at_random_drowned(tiny_plan: StudyPlan, seed: int)
         assert (one.verdict, one.noise_to_signal, one.learnt) == ("drowned", None, 0.0)
 
 
-def test_a_direction_that_stands_out_was_learnt_by_its_strength(tiny_plan: StudyPlan) -> None:
+@pytest.mark.parametrize("strength", [1.3, 2.0, 5.0])
+def test_a_direction_that_stands_out_was_learnt_as_far_as_it_is_seen(tiny_plan: StudyPlan, strength: float) -> None:
+    """`strength`: of the planted direction, over the least that can be seen, noise times the fourth root of m k."""
     plan, draws = networks_plan(tiny_plan), torch.Generator().manual_seed(7)
     start, noise = starts(plan)["autoencoder"], noise_of(plan, "autoencoder")
     name = "encoder.2.weight"
     rows, columns = start[name].shape
-    entries = sum(tensor.numel() for tensor in start.values() if tensor.ndim == 2)
-    direction = torch.outer(torch.ones(rows) / math.sqrt(rows), torch.ones(columns) / math.sqrt(columns))
-    for strength, verdict in ((2.0, "learnt"), (0.6, "partly")):  # of the norm of all noise
+    left, right = torch.randn(rows, generator=draws), torch.randn(columns, generator=draws)
+    left, right = left / left.norm(), right / right.norm()
+    shares, found = [], []
+    for _ in range(30):
         moved = walked(start, noise, draws)
-        moved[name] = moved[name] + strength * noise * math.sqrt(entries) * direction
+        moved[name] = moved[name] + strength * noise * (rows * columns) ** 0.25 * torch.outer(left, right)
+        u, _, v = torch.linalg.svd(moved[name] - start[name])
+        shares.append(float((u[:, 0] @ left) ** 2 * (v[0] @ right) ** 2))
+        found.append(movement(start, moved, noise).signal)
+    if strength == 1.3:
+        assert found.count(0.0) > 3  # near the edge, a direction may as well be noise
+    else:
+        assert sum(found) / 30 == pytest.approx(sum(shares) / 30, abs=0.08)
         weights = {**starts(plan), "autoencoder": moved}
         one = outcome_of(study_outcome(plan, networks_state(plan, weights)), "autoencoder")
-        assert one.verdict == verdict
-        assert one.noise_to_signal == pytest.approx(1 / strength, rel=0.1)
+        assert (one.verdict, one.learnt) == ("learnt", found[-1])
 
 
 @pytest.mark.parametrize(("sigma", "verdicts"), [(400.0, {"drowned"}), (0.02, {"partly", "learnt"})])
