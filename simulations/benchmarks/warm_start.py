@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedsynth import __version__
 from fedsynth.models.dcgan import make_generator
-from fedsynth.plan import StudyPlan
+from fedsynth.plan import MomentsPlan, StudyPlan
 from fedsynth.records import PUBLIC, State
 from fedsynth_server.warm_start import load_warm_start, save_warm_start
 from fedsynth_simulations.benchmarking.cohorts import Patients, load_public
@@ -29,7 +29,7 @@ from fedsynth_simulations.gene_basis import public_moments_weights
 from fedsynth_simulations.pretrain import PublicPatients, pretrain, pretrain_autoencoder
 
 _PROFILES = 4000
-_COMPONENTS = 16
+_COMPONENTS: int = MomentsPlan.model_fields["components"].default
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
-from fedsynth.plan import StudyPlan, WarmStart
+from fedsynth.plan import MomentsPlan, StudyPlan, WarmStart
 from fedsynth.records import PUBLIC, State, state_digest
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training.adversarial import ImagePatients
@@ -31,6 +31,7 @@ from fedsynth_simulations.gene_basis import public_moments_weights
 from fedsynth_simulations.pretrain import PublicPatients
 
 PATIENTS = 12
+COMPONENTS = MomentsPlan.model_fields["components"].default
 
 
 def some_patients(plan: StudyPlan, n: int, seed: int) -> Patients:
@@ -73,7 +74,7 @@ def weights(base: StudyPlan) -> dict[str, State]:
     return {
         "generator": generator.state_dict(),
         "discriminator": discriminator.state_dict(),
-        PUBLIC["moments"]: public_moments_weights(profiles, public.morphology, 16),
+        PUBLIC["moments"]: public_moments_weights(profiles, public.morphology, COMPONENTS),
         PUBLIC["embedding"]: embedding_state(base, cohort, public.masks, generator, draws, steps=2),
     }
 
