@@ -70,9 +70,9 @@ def _profiles(plan: StudyPlan, known: PublicStarts, public: Mapping[str, State])
     chosen = _recommended(plan, known)
     other_start = replace(known, moments=None if chosen.profile_engine == "moments" else TO_BE_NAMED)
     other = _recommended(plan, other_start)
-    reason = f"{_sizes(plan)} noise to signal is {_figure(chosen, _PROFILE_MODULES, public)}"
+    reason = f"{_sizes(plan)}, noise to signal is {_figure(chosen, _PROFILE_MODULES, public)}"
     if other.profile_engine != chosen.profile_engine:
-        reason += f", against {_figure(other, _PROFILE_MODULES, public)} with {other.profile_engine}"
+        reason += f", against {_figure(other, _PROFILE_MODULES, public)}"
         if other.profile_engine == "moments":
             reason += ", which need public directions and scales of expression over the plan's panel"
     return EngineAdvice("profiles", chosen.profile_engine, plan.profile_engine, f"{reason}.")
@@ -86,21 +86,19 @@ def _images(plan: StudyPlan, known: PublicStarts, public: Mapping[str, State]) -
         chosen = _without_images(candidate, drowned)
     engine = image_engine(chosen)
     reason = _sizes(plan)
-    if drowned and known.gan is None:
-        reason += (
-            f", {_figure(candidate, drowned, public)}: it drowns, but nothing else makes images without public weights"
-        )
-    elif drowned:
-        reason += (
-            f" noise to signal is {_figure(candidate, drowned, public)}: what drowns is not worth a part of the budget"
-        )
+    if drowned:
+        reason += f", noise to signal is {_figure(candidate, drowned, public)}: "
+        if known.gan is None:
+            reason += "it drowns, but nothing else makes images without public weights"
+        else:
+            reason += "what drowns is not worth a part of the budget"
     elif _image_modules(chosen):
-        reason += f" noise to signal is {_figure(chosen, _image_modules(chosen), public)}"
+        reason += f", noise to signal is {_figure(chosen, _image_modules(chosen), public)}"
         other = _recommended(plan, replace(known, embedding=None))
         if image_engine(other) != engine and _image_modules(other):
-            reason += f", against {_figure(other, _image_modules(other), public)} with {image_engine(other)}"
+            reason += f", against {_figure(other, _image_modules(other), public)}"
     else:
-        reason += " no private engine of images is recommended"
+        reason += ", no private engine of images is recommended"
     return EngineAdvice("images", engine, image_engine(plan), f"{reason}.")
 
 
@@ -137,11 +135,11 @@ def _figure(plan: StudyPlan, modules: list[Module], public: Mapping[str, State])
     """The noise-to-signal ratio of those of `modules` that take part, the largest first."""
     ratios = {module: _worst(plan, module, public) for module in modules if module in plan.modules}
     ordered = sorted(ratios.items(), key=lambda item: -item[1])
-    return " and ".join(f"{ratio_text(ratio)} of {module}" for module, ratio in ordered)
+    return " and ".join(f"{ratio_text(ratio)} for {module}" for module, ratio in ordered)
 
 
 def _sizes(plan: StudyPlan) -> str:
     sizes = sorted({site.nominal_patients for site in plan.sites})
     patients = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     sites = f"each of {len(plan.sites)} sites" if len(plan.sites) > 1 else "one site"
-    return f"With {patients} patients at {sites} and epsilon {plan.privacy.epsilon:g},"
+    return f"With {patients} patients at {sites} and epsilon {plan.privacy.epsilon:g}"

@@ -273,6 +273,8 @@ def test_advice_is_that_of_recommend_less_what_drowns(
     for advice in (profiles, images):
         assert f"{patients} patients at each of 2 sites and epsilon {epsilon:g}" in advice.reason
         assert advice.reason.endswith(".") and advice.reason.count(". ") == 0
+        assert ",," not in advice.reason
+        assert advice.reason.count("noise to signal is") == ("no private engine" not in advice.reason)
 
 
 def test_a_plan_that_was_recommended_follows_the_advice(tiny_plan: StudyPlan) -> None:
@@ -288,7 +290,7 @@ def test_a_plan_that_was_recommended_follows_the_advice(tiny_plan: StudyPlan) ->
 def test_networks_are_set_against_moments_that_need_public_weights(tiny_plan: StudyPlan) -> None:
     profiles, _ = engine_advice(tiny_plan, PublicStarts())
     assert profiles.recommended == "networks"
-    assert "public directions" in profiles.reason and " of moments" in profiles.reason
+    assert "public directions" in profiles.reason and " for moments" in profiles.reason
 
 
 def test_what_drowns_is_left_out_only_where_public_weights_make_images(statistics_plan: StudyPlan) -> None:
