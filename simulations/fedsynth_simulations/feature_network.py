@@ -18,7 +18,7 @@ from torch.nn import functional
 from fedsynth.engines.embedding import COMPONENTS, FEATURE_BOUND, TARGETS, Embedding, bounded, project
 from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import Generator
-from fedsynth.models.features import FeatureNetwork, describe_slices, features_importance, make_feature_network
+from fedsynth.models.features import FeatureNetwork, describe_slices, make_feature_network
 from fedsynth.morphology import ENHANCING, NECROSIS, OEDEMA
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
@@ -28,7 +28,7 @@ from fedsynth_simulations.pretrain import PublicPatients
 _FEWEST_PIXELS = 8
 _LARGEST_SHARE = 0.1  # of a slice that a tumour covers
 _RIDGE = 0.01
-_LEAST_VARIANCE = 1e-3  # of the largest
+_LEAST_VARIANCE = 1e-4  # of the largest
 _CHUNK = 64
 
 
@@ -58,10 +58,8 @@ def embedding_state(
     state["centre"] = described.mean(dim=0)
     state["scale"] = (described - state["centre"]).std(dim=(0, 1)).clamp(min=1e-4)
     standard = bounded(((described - state["centre"]) / state["scale"]).flatten(0, 1), FEATURE_BOUND)
-    importance = features_importance(patients.volumes.shape[1] - 1)
-    standard = standard * importance
     values, vectors = torch.linalg.eigh((standard.T @ standard / len(standard)).double())
-    state["directions"] = importance[:, None] * vectors.flip(1)[:, :COMPONENTS].float()
+    state["directions"] = vectors.flip(1)[:, :COMPONENTS].float()
     state["spread"] = values.flip(0)[:COMPONENTS].clamp(min=1e-8).sqrt().float()
     one_hot = functional.one_hot(patients.labels, len(plan.label.classes)).float()
     state["label_share"] = one_hot.mean(dim=0).clamp(0.02, 0.98)

@@ -154,3 +154,9 @@ def test_weights_are_the_best_of_those_that_spend_as_much() -> None:
 
 def test_no_more_coordinates_than_asked_for_get_a_weight(state: State) -> None:
     assert int((embedding_from(state, 2, 7, 10_000, 0.1).weight > 0).sum()) == 7
+
+
+def test_both_sides_choose_the_same_coordinates_under_any_noise(state: State) -> None:
+    few = embedding_from(state, 2, 20, 100, 1.0)
+    many = embedding_from(state, 2, 50, 5000, 0.5)
+    assert torch.equal(few.chosen, many.chosen[:20])

@@ -37,7 +37,7 @@ State = dict[str, Tensor]
 
 TARGETS = 8  # that the public network is trained to predict
 COMPONENTS = 40  # principal components of the features of a slice
-_PRODUCTS = 16  # of them, those whose products are features, too
+_PRODUCTS = 12  # of them, those whose products are features, too
 DEVIATIONS = COMPONENTS + _PRODUCTS * (_PRODUCTS + 1) // 2
 COUNT_WEIGHT = 0.25  # of the one-hot: a fair noisy count, and less than a thirtieth of the norm of the rest is lost
 _HEADROOM = 2.0  # mean square norm of public rows below the clip
@@ -45,6 +45,7 @@ FEATURE_BOUND, _SCORE_BOUND, _CONDITION_BOUND = 4.0, 3.0, 3.0  # in standard dev
 # How far a site's mean is expected from the public one, in standard deviations between public patients, and likewise
 # the slope on a condition.
 _SHIFT, _SLOPE = 0.4, 0.15
+_TINY = 1e-12
 _CHUNK = 8  # patients whose slices are in memory at once
 
 
@@ -56,7 +57,7 @@ class Embedding:
         network: describes slices.
         state: the public state, see `public_template`.
         weight: (DEVIATIONS, 1 + Q) weight of each deviation times condition.
-        chosen: (dimensions,) int64, which of them (flattened) a row holds, heaviest first.
+        chosen: (dimensions,) int64, which of them (flattened) a row holds, the most telling first.
         classes: label classes K.
         prior: (DEVIATIONS, 1 + Q) expected mean square of a site's mean coordinates, unweighted.
     """
@@ -173,6 +174,16 @@ def bounded(values: Tensor, bound: float) -> Tensor:
     return values / torch.sqrt(1 + (values / bound) ** 2)
 
 
+def most_telling(variance: Tensor, residual: Tensor, dimensions: int) -> Tensor:
+    """Indices (dimensions,) of the coordinates that get a weight first, as `allocate_weights` tells why.
+
+    Sites and coordinator compute them apart and must agree on every one, so they follow from single operations in float64
+    whose rounding IEEE 754 fixes, and not from the weights, which a sum in another order may change in the last digit.
+    """
+    v, e = (values.double().flatten().clamp(min=_TINY) for values in (variance, residual))
+    return torch.argsort(e / v.sqrt(), descending=True, stable=True)[:dimensions]
+
+
 def allocate_weights(variance: Tensor, residual: Tensor, noise: float, dimensions: int) -> Tensor:
     """Weights that make the sum over patients most telling, by public numbers alone.
 
@@ -189,9 +200,9 @@ def allocate_weights(variance: Tensor, residual: Tensor, noise: float, dimension
     Returns:
         Weights of that shape, with sum w^2 v = (1 - COUNT_WEIGHT^2) / 2.
     """
-    v, e = (values.double().flatten().clamp(min=1e-12) for values in (variance, residual))
+    v, e = (values.double().flatten().clamp(min=_TINY) for values in (variance, residual))
     gain = e / v.sqrt()
-    kept = torch.argsort(gain, descending=True, stable=True)[:dimensions]
+    kept = most_telling(variance, residual, dimensions)
     budget = (1 - COUNT_WEIGHT**2) / _HEADROOM
 
     def squares(level: float) -> Tensor:
@@ -220,17 +231,17 @@ def embedding_from(state: State, classes: int, dimensions: int, patients: int, n
         patients: expected number of patients of all sites together.
         noise_sd: standard deviation of the noise of the sum over all sites.
     """
-    variance = state["variance"]
+    variance = state["variance"].double()
     relative = torch.full_like(variance, _SLOPE**2)
     relative[:, 0] = _SHIFT**2
     prior = relative * variance
-    residual = state["expected"] ** 2 + prior
+    residual = state["expected"].double() ** 2 + prior
     weight = allocate_weights(variance, residual, noise_sd / patients, dimensions)
-    order = torch.argsort((weight**2 * variance).double().flatten(), descending=True, stable=True)
+    chosen = most_telling(variance, residual, dimensions)
     network = make_feature_network(
         {k.removeprefix("network/"): t for k, t in state.items() if k.startswith("network/")}
     )
-    return Embedding(network, state, weight, order[:dimensions], classes, prior)
+    return Embedding(network, state, weight, chosen, classes, prior.float())
 
 
 def plan_embedding(plan: StudyPlan, public: State) -> Embedding:

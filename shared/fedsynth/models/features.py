@@ -105,15 +105,6 @@ def features_size(channels: int) -> int:
     return first + 2 * second + HIDDEN + 4 + channels * (2 * _BINS + 4) + pairs + (channels + 1) * _GRID**2
 
 
-def features_importance(channels: int) -> Tensor:
-    """(M,) weight of each standardised feature among the others: the network's description counts most, a pixel least."""
-    first, second, _ = WIDTHS
-    rest = features_size(channels) - (first + 2 * second + HIDDEN + 4 + (channels + 1) * _GRID**2)
-    sizes = (first + second, HIDDEN, second, 4, rest, (channels + 1) * _GRID**2)
-    weights = (0.7, 2.0, 1.0, 2.0, 1.0, 0.35)
-    return torch.cat([torch.full((size,), weight) for size, weight in zip(sizes, weights, strict=True)])
-
-
 def make_feature_network(state: dict[str, Tensor]) -> FeatureNetwork:
     """The network whose weights `state` holds, frozen."""
     network = FeatureNetwork(state["down1.weight"].shape[1], state["describe.weight"].shape[0])
