@@ -28,7 +28,7 @@ from fedsynth_simulations.pretrain import PublicPatients
 _FEWEST_PIXELS = 8
 _LARGEST_SHARE = 0.1  # of a slice that a tumour covers
 _RIDGE = 0.01
-_LEAST_VARIANCE = 1e-4  # of the largest
+_LEAST_VARIANCE = 1e-5  # of the largest
 _CHUNK = 64
 
 
