@@ -18,14 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
-
 from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.dp.accounting import Demand, allocation_report
 from fedsynth.engines import embedding, moments
-from fedsynth.models.dcgan import make_discriminator
-from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.models.trainable import trainable_parameters
 from fedsynth.plan import Module, StatisticPlan, StudyPlan
 from fedsynth.records import State
 from fedsynth_server.statistics_forecast import RULE_OF_THUMB, StatisticForecast, forecast_statistic
@@ -143,14 +139,7 @@ def parameters(plan: StudyPlan, module: Module) -> int:
         return moments.row_size(plan)
     if module == "embedding":
         return embedding.row_size(plan)
-    model: nn.Module
-    if module == "autoencoder":
-        model = make_autoencoder(plan)
-    elif module == "radiogenomics":
-        model = make_radiogenomic_dnn(plan)
-    else:
-        model = make_discriminator(plan)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return trainable_parameters(plan, module)
 
 
 def _module(plan: StudyPlan, site: str, module: Module, ratio: float | None) -> ModuleForecast:

@@ -21,13 +21,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from opacus.accountants.analysis.prv import (
-    Domain,
-    PoissonSubsampledGaussianPRV,
-    TruncatedPrivacyRandomVariable,
-    compose_heterogeneous,
-    discretize,
-)
 from scipy.fft import next_fast_len
 from scipy.optimize import brentq
 from scipy.special import gammaln, log_ndtr, logsumexp
@@ -202,12 +195,22 @@ def _prv_epsilon(history: tuple[Mechanism, ...], delta: float, bound: float) -> 
     Opacus' discretisation and composition, on a grid sized here: its `PRVAccountant` sums RDP moments in Python loops to
     find the same span, adds a fixed 0.01 to epsilon at any cost in memory, and takes sizes that are slow to transform.
     """
+    # Importing any part of Opacus imports all of torch and takes seconds, which nobody who composes by RDP should wait.
+    from opacus.accountants.analysis.prv import (
+        Domain,
+        PoissonSubsampledGaussianPRV,
+        TruncatedPrivacyRandomVariable,
+        compose_heterogeneous,
+        discretize,
+    )
+
     if delta < PRV_LEAST_DELTA:
         raise ValueError(f"delta {delta:g} is too small for the PRV accountant (least: {PRV_LEAST_DELTA:g}); use rdp")
     if bound > _PRV_LARGEST_EPSILON:
         return math.inf
     delta_error = delta / 1000
-    grid, error = _prv_grid(history, delta_error, bound)
+    half, mesh, error = _prv_grid(history, delta_error, bound)
+    grid = Domain(t_min=-(half - 1) * mesh, t_max=half * mesh, size=2 * half)
     # At sample rate 1 Opacus takes the logarithm of 1 - q = 0, and the minus infinity does no harm.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         try:
@@ -232,10 +235,10 @@ def _prv_epsilon(history: tuple[Mechanism, ...], delta: float, bound: float) -> 
     return float(found)
 
 
-def _prv_grid(history: Sequence[Mechanism], delta_error: float, bound: float) -> tuple[Domain, float]:
-    """The grid of losses, and the error of discretisation that is added to epsilon (Gopi et al. 2021, remark 5.6).
+def _prv_grid(history: Sequence[Mechanism], delta_error: float, bound: float) -> tuple[int, float, float]:
+    """Half the number of points of the grid of losses, its mesh, and the error of discretisation.
 
-    The error is 0.01, Opacus' own, for epsilons from 1 to 5, and relative elsewhere: fixed, it would cost gigabytes where
+    The error is added to epsilon (Gopi et al. 2021, remark 5.6). It is 0.01, Opacus' own, for epsilons from 1 to 5, and relative elsewhere: fixed, it would cost gigabytes where
     epsilon is large and be most of the answer where epsilon is small. Where the grid would still exceed `_PRV_POINTS`,
     the error grows instead of the grid.
     """
@@ -248,7 +251,7 @@ def _prv_grid(history: Sequence[Mechanism], delta_error: float, bound: float) ->
     mesh = error * mesh_of_error_1
     # Even, with zero just below the middle, as Opacus' convolutions ask for; and twice a size that transforms quickly.
     half = next_fast_len(math.ceil(span / mesh) + 1, real=True)
-    return Domain(t_min=-(half - 1) * mesh, t_max=half * mesh, size=2 * half), error
+    return half, mesh, error
 
 
 def noise_multiplier(
