@@ -238,9 +238,9 @@ def _prv_epsilon(history: tuple[Mechanism, ...], delta: float, bound: float) -> 
 def _prv_grid(history: Sequence[Mechanism], delta_error: float, bound: float) -> tuple[int, float, float]:
     """Half the number of points of the grid of losses, its mesh, and the error of discretisation.
 
-    The error is added to epsilon (Gopi et al. 2021, remark 5.6). It is 0.01, Opacus' own, for epsilons from 1 to 5, and relative elsewhere: fixed, it would cost gigabytes where
-    epsilon is large and be most of the answer where epsilon is small. Where the grid would still exceed `_PRV_POINTS`,
-    the error grows instead of the grid.
+    The error is added to epsilon (Gopi et al. 2021, remark 5.6). It is 0.01, Opacus' own, for epsilons from 1 to 5, and
+    relative elsewhere: fixed, it would cost gigabytes where epsilon is large and be most of the answer where epsilon is
+    small. Where the grid would still exceed `_PRV_POINTS`, the error grows instead of the grid.
     """
     steps = sum(m.steps for m in history)
     singles = [_rdp_epsilon([replace(m, steps=1)], delta_error / (8 * steps)) for m in history]
