@@ -210,10 +210,10 @@ class MomentsPlan(StatisticPlan):
 class EmbeddingPlan(StatisticPlan):
     """Mean embedding of the images in public features, and how the server fits the generator to it."""
 
-    dimensions: Count = 64
-    fit_steps: Count = 300
+    dimensions: Count = 256
+    fit_steps: Count = 150
     fit_batch: Count = 64
-    fit_learning_rate: Positive = 1e-4
+    fit_learning_rate: Positive = 5e-5
 
 
 class AutoencoderPlan(TrainingPlan):
