@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 
+from fedsynth.engines.moments import SHAPE_POINTS
 from fedsynth.records import State
 
 _LEAST_SCALE = 1e-3
@@ -50,8 +52,19 @@ def weights_of_basis(
     genes_scale = np.sqrt(np.square(coordinates).mean(axis=0))
     centre, spread = np.nanmean(morphology, axis=0), np.nanstd(morphology, axis=0)
     return {
-        "basis": torch.from_numpy(basis.astype(np.float32)),
+        "basis": torch.from_numpy(np.ascontiguousarray(basis, dtype=np.float32)),
         "genes_scale": torch.from_numpy(np.maximum(genes_scale, _LEAST_SCALE).astype(np.float32)),
         "morphology_centre": torch.from_numpy(centre.astype(np.float32)),
         "morphology_scale": torch.from_numpy(np.maximum(spread, _LEAST_SCALE).astype(np.float32)),
+        "morphology_shape": torch.from_numpy(_shapes(morphology)),
     }
+
+
+def _shapes(morphology: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(F, SHAPE_POINTS) standardised quantile function of each feature; a feature that never varies has that of a normal."""
+    probabilities = (np.arange(SHAPE_POINTS) + 0.5) / SHAPE_POINTS
+    shapes = np.nanquantile(morphology.astype(np.float64), probabilities, axis=0).T
+    constant = shapes.std(axis=1) < _LEAST_SCALE
+    shapes[constant] = norm.ppf(probabilities)
+    shapes -= shapes.mean(axis=1, keepdims=True)
+    return (shapes / shapes.std(axis=1, keepdims=True)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsynth.engines.moments import Sizes, layout, public_template, row_size, rows, rows_of_size, unpack
+from fedsynth.engines.moments import SHAPE_POINTS, Sizes, layout, public_template, row_size, rows, rows_of_size, unpack
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, linear_gaussian_template, public_prior
 from fedsynth.plan import StudyPlan
 from fedsynth_server.fitting.moments import attenuation, estimate_counts, fit_moments, fit_sum, link_noise, shrink
@@ -46,6 +46,13 @@ def plan() -> StudyPlan:
     )
 
 
+def normal_shape(features: int) -> Tensor:
+    """The quantile function of a standard normal, as public weights hold it."""
+    probabilities = (torch.arange(SHAPE_POINTS, dtype=torch.float64) + 0.5) / SHAPE_POINTS
+    values = torch.special.ndtri(probabilities)
+    return (values / values.std(correction=0)).expand(features, -1).to(torch.float32).contiguous()
+
+
 @pytest.fixture(scope="module")
 def public(plan: StudyPlan) -> dict[str, Tensor]:
     basis, _ = torch.linalg.qr(torch.randn(GENES, COMPONENTS, generator=torch.Generator().manual_seed(3)))
@@ -54,6 +61,7 @@ def public(plan: StudyPlan) -> dict[str, Tensor]:
         "genes_scale": torch.tensor([2.0, 1.5, 1.0]),
         "morphology_centre": torch.tensor([0.5, 0.4, 0.6]),
         "morphology_scale": torch.tensor([0.05, 0.06, 0.04]),
+        "morphology_shape": normal_shape(3),
     }
     assert {name: t.shape for name, t in public_template(plan).items()} == {name: t.shape for name, t in found.items()}
     return found
@@ -228,7 +236,12 @@ def test_shrinkage_keeps_a_signal_and_removes_noise() -> None:
 
 def test_genes_and_labels_alone_are_fitted_too(public: dict[str, Tensor]) -> None:
     size = Sizes(classes=2, components=COMPONENTS, features=0)
-    genes_only = {**public, "morphology_centre": torch.zeros(0), "morphology_scale": torch.zeros(0)}
+    genes_only = {
+        **public,
+        "morphology_centre": torch.zeros(0),
+        "morphology_scale": torch.zeros(0),
+        "morphology_shape": torch.zeros(0, SHAPE_POINTS),
+    }
     genes, _, labels = draw_truth(public, 60_000, 9)
     found = rows_of_size(size, genes_only, genes, torch.zeros(60_000, 0), labels)
     assert float(found.norm(dim=1).max()) <= 1.0

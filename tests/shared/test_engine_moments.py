@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsynth.engines.moments import (
+    SHAPE_POINTS,
     layout,
     noise_variances,
     pack_symmetric,
@@ -66,6 +67,7 @@ def make_public() -> dict[str, Tensor]:
         "genes_scale": torch.tensor([2.0, 1.5, 1.0, 0.5]),
         "morphology_centre": torch.tensor([0.5, 0.3, 0.7]),
         "morphology_scale": torch.tensor([0.12, 0.2, 0.05]),
+        "morphology_shape": torch.zeros(3, SHAPE_POINTS),  # rows do not use it
     }
 
 

@@ -6,10 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsynth.engines.moments import Sizes
+from fedsynth.engines.moments import SHAPE_POINTS, Sizes
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, public_prior
 
 GENES, SIZE = 30, Sizes(classes=3, components=2, features=2)
+
+
+def normal_shape(features: int) -> Tensor:
+    """The quantile function of a standard normal, as public weights hold it."""
+    probabilities = (torch.arange(SHAPE_POINTS, dtype=torch.float64) + 0.5) / SHAPE_POINTS
+    values = torch.special.ndtri(probabilities)
+    return (values / values.std(correction=0)).expand(features, -1).to(torch.float32).contiguous()
 
 
 def make_state() -> dict[str, Tensor]:
@@ -20,6 +27,7 @@ def make_state() -> dict[str, Tensor]:
         "genes_scale": torch.tensor([2.0, 1.0]),
         "morphology_centre": torch.tensor([0.5, 0.4]),
         "morphology_scale": torch.tensor([0.04, 0.05]),
+        "morphology_shape": normal_shape(2),
     }
     root = 0.5 * torch.randn(4, 4, generator=draws) + torch.eye(4)
     return {
@@ -37,6 +45,22 @@ MODEL = LinearGaussianProfiles(STATE, clip=8.0)
 def standardised(model_draw: object, genes: Tensor, morphology: Tensor) -> Tensor:
     u = genes @ STATE["basis"] / STATE["genes_scale"]
     return torch.cat([u, (morphology - STATE["morphology_centre"]) / STATE["morphology_scale"]], dim=1)
+
+
+def test_drawn_morphology_has_the_public_shape_and_the_models_mean_and_spread() -> None:
+    points = torch.arange(SHAPE_POINTS, dtype=torch.float32)
+    halves = torch.where(points < 50, -1.0, 1.0) + 0.05 * (points / 50 - 1)  # two peaks and nothing between them
+    halves = (halves - halves.mean()) / halves.std(correction=0)
+    model = LinearGaussianProfiles({**STATE, "morphology_shape": torch.stack([halves, normal_shape(1)[0]])}, clip=8.0)
+    drawn = model.draw(100_000, torch.Generator().manual_seed(1)).morphology
+    plain = MODEL.draw(100_000, torch.Generator().manual_seed(1)).morphology
+    # A mixture of classes is not quite normal over all, so mean and spread are met nearly.
+    torch.testing.assert_close(drawn.mean(0), plain.mean(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(drawn.std(0), plain.std(0), atol=0, rtol=0.05)
+    apart = ((drawn - drawn.mean(0)) / drawn.std(0)).abs()
+    assert float((apart[:, 0] < 0.5).float().mean()) < 0.03
+    assert float((apart[:, 1] < 0.5).float().mean()) > 0.3
+    assert float(torch.corrcoef(torch.stack([drawn[:, 0], plain[:, 0]]))[0, 1]) > 0.75
 
 
 def test_draws_have_the_shares_means_and_covariance_of_the_model() -> None:

@@ -38,6 +38,7 @@ _SHARES: dict[str, float] = {
 # average 1. Most patients are shortened, which costs little (directions stay, and `attenuation` says by how much lengths
 # shrink) and makes the row of a typical patient large beside the noise.
 CLIPPED_MEAN_SQUARE = 0.6
+SHAPE_POINTS = 101  # of the public quantile function of a feature
 _BELOW_ONE = 1 - 1e-6  # so that rounding to float32 does not lift a norm above 1
 
 
@@ -127,7 +128,8 @@ def public_template(plan: StudyPlan) -> State:
 
     ``basis`` (G, r) orthonormal directions of expression on the plan's scale; ``genes_scale`` (r,) standard deviation of
     a public population along each; ``morphology_centre`` and ``morphology_scale`` (F,) mean and standard deviation of
-    the normalised features in a public population.
+    the normalised features in a public population, and ``morphology_shape`` (F, `SHAPE_POINTS`) their standardised
+    quantile functions at probabilities (i + 1/2) / `SHAPE_POINTS`, of mean 0 and standard deviation 1; rows do not use it.
     """
     size, genes = sizes(plan), len(plan.genes.panel)
     return {
@@ -135,6 +137,7 @@ def public_template(plan: StudyPlan) -> State:
         "genes_scale": torch.ones(size.components),
         "morphology_centre": torch.zeros(size.features),
         "morphology_scale": torch.ones(size.features),
+        "morphology_shape": torch.zeros(size.features, SHAPE_POINTS),
     }
 
 

@@ -6,7 +6,9 @@ With u the coordinates of expression in r public directions and m the standardis
 
 The residual gives each gene, independently of the others, the variance that the plan's scale says it has and that u
 lacks, and a tenth of it in any case. Morphology is predicted from genes by the best linear predictor under the model,
-the label by linear discriminant analysis. A state is fitted by `fedsynth_server.fitting.moments`.
+the label by linear discriminant analysis. Drawn morphology keeps the model's means, standard deviations and (nearly) correlations, and takes the *shape* of
+each feature's distribution from the public population: a fraction that is often 0 or a place that avoids the midline is no
+normal variable. A state is fitted by `fedsynth_server.fitting.moments`.
 """
 
 from __future__ import annotations
@@ -64,6 +66,7 @@ class LinearGaussianProfiles:
         self._genes_scale = values["genes_scale"]
         self._basis = values["basis"]
         self._centre, self._scale = values["morphology_centre"], values["morphology_scale"]
+        self._shape = values["morphology_shape"]
         self._prior, self._means, within = values["class_prior"], values["means"], values["covariance"]
         r = len(self._genes_scale)
         self._middle = self._prior @ self._means
@@ -74,6 +77,7 @@ class LinearGaussianProfiles:
         # Linear discriminants: log prior + u' W^-1 mean - mean' W^-1 mean / 2.
         self._discriminants = torch.linalg.solve(within[:r, :r], self._means[:, :r].T)
         self._offsets = self._prior.log() - 0.5 * (self._means[:, :r].T * self._discriminants).sum(0)
+        self._spread = total.diagonal()[r:].clamp(min=0.0).sqrt()
         variances, axes = torch.linalg.eigh(within)
         self._root = axes * variances.clamp(min=0.0).sqrt()
         self._loadings = self._basis * self._genes_scale
@@ -88,7 +92,7 @@ class LinearGaussianProfiles:
         both = self._means[labels] + normal @ self._root.T
         residual = torch.randn(count, len(self._basis), generator=generator, dtype=torch.float64) * self._residual_sd
         genes = (both[:, :r] @ self._loadings.T + residual).clamp(-self._clip, self._clip)
-        return SyntheticProfiles(genes.to(torch.float32), self._unit(both[:, r:]), labels)
+        return SyntheticProfiles(genes.to(torch.float32), self._unit(self._shaped(both[:, r:])), labels)
 
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """Genes (B, G) on the plan's scale -> expected morphology (B, F) in [0, 1], label logits (B, K)."""
@@ -96,6 +100,17 @@ class LinearGaussianProfiles:
         u = genes.double() @ self._basis / self._genes_scale
         expected = self._middle[r:] + (u - self._middle[:r]) @ self._slopes
         return self._unit(expected), (u @ self._discriminants + self._offsets).to(torch.float32)
+
+    def _shaped(self, drawn: Tensor) -> Tensor:
+        """Standardised morphology (N, F), normal over all classes together -> the same ranks in the public shape."""
+        middle = self._middle[len(self._genes_scale) :]
+        ranks = torch.special.ndtr((drawn - middle) / self._spread.clamp(min=1e-12))
+        points = self._shape.shape[1]
+        place = (ranks * points - 0.5).clamp(0.0, points - 1.0)
+        below = place.floor().long().clamp(max=points - 2)
+        low = torch.gather(self._shape, 1, below.T).T
+        high = torch.gather(self._shape, 1, below.T + 1).T
+        return middle + self._spread * torch.lerp(low, high, place - below)
 
     def _unit(self, standardised: Tensor) -> Tensor:
         return (self._centre + self._scale * standardised).clamp(0.0, 1.0).to(torch.float32)
