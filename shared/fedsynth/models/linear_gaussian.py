@@ -5,10 +5,10 @@ With u the coordinates of expression in r public directions and m the standardis
     label ~ prior,    (u, m) | label ~ N(mean of the class, covariance),    genes = basis u + residual.
 
 The residual gives each gene, independently of the others, the variance that the plan's scale says it has and that u
-lacks, and a tenth of it in any case. Morphology is predicted from genes by the best linear predictor under the model,
-the label by linear discriminant analysis. Drawn morphology keeps the model's means, standard deviations and (nearly) correlations, and takes the *shape* of
-each feature's distribution from the public population: a fraction that is often 0 or a place that avoids the midline is no
-normal variable. A state is fitted by `fedsynth_server.fitting.moments`.
+lacks. Morphology is predicted from genes by the best linear predictor under the model, the label by linear discriminant
+analysis. Drawn morphology keeps the model's means, standard deviations and (nearly) correlations, and takes the *shape* of
+each feature's distribution from the public population: a fraction that is often 0, or a place that avoids the midline, is
+no normal variable. A state is fitted by `fedsynth_server.fitting.moments`.
 """
 
 from __future__ import annotations
