@@ -49,7 +49,14 @@ DEFAULTS: Mapping[Recipe, Changes] = {
     "conditions": {"gan": {"rounds": 0}},
     "scratch": {
         "moments": {"budget_share": 0.3},
-        "gan": {"rounds": 20, "budget_share": 0.7, "generator_learning_rate": 2e-4, "warm_start": None},
+        "gan": {
+            "rounds": 20,
+            "budget_share": 0.7,
+            "discriminator_trains": "all",
+            "learning_rate": 4e-4,
+            "generator_learning_rate": 2e-4,
+            "warm_start": None,
+        },
     },
     "warm": {
         "moments": {"budget_share": 0.3},
