@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,7 +59,8 @@ def test_a_row_that_is_not_finite_counts_as_nothing(value: float) -> None:
 
 def test_rows_below_the_clip_are_summed_as_they_are() -> None:
     rows = torch.randn(50, D, generator=torch.Generator().manual_seed(1)) / 100
-    assert torch.allclose(released(rows), rows.double().sum(0), atol=1e-7)
+    # Each row is rounded towards 0 by less than a step of the grid, a millionth of the noise's deviation.
+    assert torch.allclose(released(rows), rows.double().sum(0), atol=50 * 2.0**-20)
 
 
 @pytest.mark.parametrize(("sigma", "max_norm"), [(0.7, 1.0), (3.0, 1.0), (2.0, 0.5)])
@@ -67,6 +70,25 @@ def test_the_noise_has_the_deviation_that_was_charged_even_without_patients(sigm
     # The standard deviation of 20,000 Gaussian values is known to 0.5 %; five of these are allowed.
     assert float(noise.std()) == pytest.approx(sigma * max_norm, rel=0.025)
     assert abs(float(noise.mean())) < 5 * sigma * max_norm / 20_000**0.5
+
+
+@pytest.mark.parametrize("sigma", [0.03, 0.7, 24.0])
+def test_the_last_bits_of_the_result_do_not_tell_those_of_the_rows(sigma: float) -> None:
+    """Whatever the rows, the result lies on one public grid: neighbouring cohorts can give the same values."""
+    rows = torch.rand(3, 20_000, generator=torch.Generator().manual_seed(2)) / 200
+    step = 2.0 ** (math.ceil(math.log2(sigma)) - 20)
+    for cohort in (rows, rows[:2], rows[:0]):
+        total = release_statistic(cohort, Mechanism(1.0, sigma, 1), 1.0, SystemRandomness()).weights[TOTAL].double()
+        assert torch.equal((total / step).round(), total / step)
+
+
+def test_the_order_of_patients_does_not_show() -> None:
+    rows = torch.randn(300, D, generator=torch.Generator().manual_seed(4))
+    mechanism = Mechanism(1.0, 1.0, 1)
+    totals = [
+        release_statistic(each, mechanism, 1.0, SeededRandomness(3)).weights[TOTAL] for each in (rows, rows.flip(0))
+    ]
+    assert torch.equal(*totals)
 
 
 def test_everybody_is_drawn_and_no_two_releases_share_their_noise() -> None:

@@ -223,6 +223,19 @@ def test_a_ghost_norm_of_terms_that_cancel_is_not_left_to_rounding() -> None:
     torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("small", "large"), [(1e-25, 1e22), (3e-23, 1e24), (1e-21, 1e20)])
+def test_a_ghost_norm_does_not_vanish_where_squares_of_its_factors_underflow(small: float, large: float) -> None:
+    draws = torch.Generator().manual_seed(1)
+    left, right = torch.randn(3, 1, 2, 60, generator=draws), torch.randn(3, 1, 50, 2, generator=draws)
+    left, right = left * torch.tensor([1.0, 0.0])[:, None], right * torch.tensor([1.0, 0.0])
+    # All that there is comes from tiny inputs, or from inputs beside which other positions have huge output gradients.
+    left[0] *= small
+    right[0] *= large
+    right[1] += large * torch.tensor([0.0, 1.0])
+    expected = (right.double() @ left.double()).flatten(1).norm(dim=1)
+    assert torch.allclose(Ghost(left, right, torch.Size((50, 60))).norms().double(), expected, rtol=1e-4)
+
+
 def test_parameters_that_are_not_trained_are_left_out_of_the_norm() -> None:
     case = CASES["linear"]
     model, items = case.model(), case.items(PATIENTS)

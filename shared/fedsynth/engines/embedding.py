@@ -46,7 +46,6 @@ FEATURE_BOUND, _SCORE_BOUND, _CONDITION_BOUND = 4.0, 3.0, 3.0  # in standard dev
 # the slope on a condition.
 _SHIFT, _SLOPE = 0.4, 0.15
 _TINY = 1e-12
-_CHUNK = 8  # patients whose slices are in memory at once
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,12 @@ class Embedding:
         Returns:
             (N, size) float32.
         """
-        parts = [
-            self._rows(volumes[i : i + _CHUNK], morphology[i : i + _CHUNK], labels[i : i + _CHUNK])
-            for i in range(0, len(labels), _CHUNK)
-        ]
+        # One at a time: how a product of matrices is rounded depends on how many rows it has, and a patient's row must
+        # be a function of that patient alone, to the last bit.
+        parts = [self._row(volumes[i : i + 1], morphology[i : i + 1], labels[i : i + 1]) for i in range(len(labels))]
         return torch.cat(parts) if parts else torch.zeros(0, self.size)
 
-    def _rows(self, volumes: Tensor, morphology: Tensor, labels: Tensor) -> Tensor:
+    def _row(self, volumes: Tensor, morphology: Tensor, labels: Tensor) -> Tensor:
         patients, depth = len(volumes), volumes.shape[2]
         clean = volumes.to(torch.float32).nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
         slices = clean.transpose(1, 2).flatten(0, 1)

@@ -15,6 +15,8 @@ from torch import Tensor
 # Below this share of the largest value that the terms of a ghost norm allow, they cancel to so little that rounding
 # shows; the few patients concerned get their gradient written out.
 _CANCELLED = 1e-3
+# Below it, float32 may have lost some of the squares that a (scaled) ghost norm adds up.
+_UNDERFLOWN = 1e-30
 _WRITTEN_OUT_AT_ONCE = 8
 
 
@@ -92,9 +94,10 @@ class Ghost:
         diagonal = (inputs.diagonal(dim1=2, dim2=3) * outputs.diagonal(dim1=2, dim2=3)).sqrt()
         largest = diagonal.sum(2).square().sum(1)
         norms = squared.clamp(min=0.0).sqrt() * scale
-        cancelled = (squared < _CANCELLED * largest).nonzero().flatten()
-        for rows in cancelled.split(_WRITTEN_OUT_AT_ONCE):
-            norms[rows] = (right[rows] @ self.left[rows]).flatten(1).norm(dim=1) * scale[rows]
+        inexact = (squared < (_CANCELLED * largest).clamp(min=_UNDERFLOWN)) & (scale > 0)
+        for rows in inexact.nonzero().flatten().split(_WRITTEN_OUT_AT_ONCE):
+            written = (right[rows] @ self.left[rows]).double() * scale[rows][:, None, None, None]
+            norms[rows] = written.flatten(1).norm(dim=1).to(norms.dtype)
         return norms
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
