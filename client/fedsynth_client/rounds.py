@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -201,7 +202,8 @@ def _expected(plan: StudyPlan, module: Module) -> dict[str, State]:
 def _public(plan: StudyPlan, module: Module, content: RecordDict) -> State:
     """The public weights that a statistic's rows are computed with: those whose digest the approved plan names."""
     template = moments.public_template(plan) if module == "moments" else embedding.public_template(plan)
-    state, section = from_record(content, PUBLIC[module], template), plan.training(module)
+    # The digest says which numbers were approved, so their size needs no limit: variances may be large.
+    state, section = from_record(content, PUBLIC[module], template, largest_norm=math.inf), plan.training(module)
     if isinstance(section, StatisticPlan) and state_digest(state) != section.public.sha256:
         raise Refused("public_weights_differ", f"The public weights of {module} are not those the approved plan names.")
     return state

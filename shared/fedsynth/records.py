@@ -54,17 +54,20 @@ def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
 
-def from_record(content: RecordDict, name: str, expected: Mapping[str, Tensor]) -> State:
+def from_record(
+    content: RecordDict, name: str, expected: Mapping[str, Tensor], *, largest_norm: float = LARGEST_NORM
+) -> State:
     """Unpack the arrays called `name`, which must look exactly like `expected`.
 
     Args:
         content: a message's content.
         name: record name.
         expected: a state dict of the model that the weights are for.
+        largest_norm: of all arrays together; arrays whose very digest was approved need no limit.
 
     Raises:
         JobFailed: ``record_missing``, ``arrays_differ`` (names, shapes or types, in what is declared or in the bytes),
-            ``arrays_not_finite`` or ``arrays_too_large`` (norm above `LARGEST_NORM`).
+            ``arrays_not_finite`` or ``arrays_too_large``.
     """
     if name not in content.array_records:
         raise JobFailed("record_missing", f"The message carries no arrays called {name!r}.")
@@ -76,7 +79,7 @@ def from_record(content: RecordDict, name: str, expected: Mapping[str, Tensor]) 
         if tuple(array.shape) != tuple(model_tensor.shape) or array.dtype != _numpy_dtype(model_tensor):
             raise JobFailed("arrays_differ", f"{name}/{key} is {array.dtype}{tuple(array.shape)}, not as in the plan.")
     state: State = {key: _tensor(arrays[key], name, model_tensor) for key, model_tensor in expected.items()}
-    check_state(state, name)
+    check_state(state, name, largest_norm)
     return state
 
 
@@ -93,7 +96,7 @@ def _tensor(array: Array, name: str, expected: Tensor) -> Tensor:
     return torch.from_numpy(values.copy())
 
 
-def check_state(state: Mapping[str, Tensor], name: str) -> None:
+def check_state(state: Mapping[str, Tensor], name: str, largest_norm: float = LARGEST_NORM) -> None:
     """Refuse weights that are not finite or absurdly large.
 
     Raises:
@@ -102,8 +105,8 @@ def check_state(state: Mapping[str, Tensor], name: str) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()):
         raise JobFailed("arrays_not_finite", f"The arrays of {name!r} hold values that are not finite.")
     norm = math.sqrt(sum(float(tensor.double().pow(2).sum()) for tensor in state.values()))
-    if norm > LARGEST_NORM:
-        raise JobFailed("arrays_too_large", f"The arrays of {name!r} have norm {norm:.3g}, above {LARGEST_NORM:g}.")
+    if norm > largest_norm:
+        raise JobFailed("arrays_too_large", f"The arrays of {name!r} have norm {norm:.3g}, above {largest_norm:g}.")
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

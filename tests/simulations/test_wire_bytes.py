@@ -23,13 +23,15 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedsynth.evaluation import Evaluation
-from fedsynth.plan import TRAINED, StudyPlan, load_plan
-from fedsynth.records import PROGRESS, RECEIPT, WEIGHTS
+from fedsynth.plan import TRAINED, Module, Section, StudyPlan, load_plan
+from fedsynth.records import PROGRESS, PUBLIC, RECEIPT, WEIGHTS, State
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import first_state
+from fedsynth_server.fitting.fit import statistic_template
 from fedsynth_simulations import study
 from fedsynth_simulations.plans import study_plan
 from fedsynth_simulations.study import Settings, run
+from fedsynth_simulations.weights import PACKAGED
 
 SITES = ("east", "north", "south")
 
@@ -52,16 +54,23 @@ class Watched:
 def small_plan(*arguments: object, **more: object) -> StudyPlan:
     """The plan of a simulation with fewer rounds and steps: what travels is of the same kinds."""
     plan = study_plan(*arguments, **more)  # type: ignore[arg-type]
-    short = {module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 2}) for module in TRAINED}
-    narrow = {"generator_width": 8, "discriminator_width": 4, "generator_batch": 8}
-    short["gan"] = short["gan"].model_copy(update=narrow)
+    trained = [module for module in plan.modules if module in TRAINED]
+    short: dict[str, Section] = {
+        module: plan.training(module).model_copy(update={"rounds": 1, "steps_per_round": 2}) for module in trained
+    }
+    if plan.embedding is not None:
+        short["embedding"] = plan.embedding.model_copy(update={"fit_steps": 2})
+    if "gan" in short:
+        narrow = {"generator_width": 8, "discriminator_width": 4, "generator_batch": 8}
+        short["gan"] = short["gan"].model_copy(update=narrow)
     return StudyPlan.model_validate(plan.model_copy(update=short).model_dump())
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+@pytest.fixture(scope="module", params=["", PACKAGED], ids=["networks", "statistics"])
+def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Without public weights all networks are trained; with them both statistics are released."""
     seen = Watched(tmp_path_factory.mktemp("planted") / "Watched-Study")
-    settings = Settings(patients=20, seed=7, epsilon=10.0, synthetic=4, warm_start="")
+    settings = Settings(patients=20, seed=7, epsilon=10.0, synthetic=4, warm_start=request.param)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(study, "study_plan", small_plan)
         # Evaluating takes minutes and reads no message; its figures have tests of their own.
@@ -154,7 +163,8 @@ def test_the_search_finds_what_was_planted_where_it_belongs(watched: Watched, se
 def test_no_message_holds_anything_of_a_patient(watched: Watched, secrets: dict[str, list[bytes]], kind: str) -> None:
     messages = [("to coordinator", data) for _, data in watched.to_coordinator]
     messages += [("to site", data) for data in watched.to_sites]
-    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(TRAINED))
+    modules = load_plan(watched.out / "study" / "plan.toml").modules
+    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(modules))
     assert found(iter(messages), secrets[kind]) == {}
 
 
@@ -168,11 +178,15 @@ def test_neither_the_coordinator_nor_the_release_holds_anything_of_a_patient(
     assert found(files_below(watched.out / "study", watched.out / "release"), secrets[kind]) == {}
 
 
+def expected(plan: StudyPlan, module: Module) -> State:
+    """What a site may send of a module, by name and shape."""
+    return statistic_template(plan, module) if module in PUBLIC else first_state(plan, None).weights[WEIGHTS[module]]
+
+
 @pytest.mark.slow
 def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched) -> None:
     plan = load_plan(watched.out / "study" / "plan.toml")
-    weights = first_state(plan, None).weights
-    seen: dict[str, int] = dict.fromkeys(["site", *TRAINED], 0)
+    seen: dict[str, int] = dict.fromkeys(["site", *plan.modules], 0)
     for _, data in watched.to_coordinator:
         content: RecordDict = recorddict_from_proto(RecordDictProto.FromString(data))
         if set(content) == {"site"}:
@@ -180,22 +194,22 @@ def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched
             assert content.config_records["site"]["name"] in SITES
             seen["site"] += 1
             continue
-        (module,) = [each for each in TRAINED if set(content) == {WEIGHTS[each], "progress", "receipt"}]
+        (module,) = [each for each in plan.modules if set(content) == {WEIGHTS[each], "progress", "receipt"}]
         arrays = content.array_records[WEIGHTS[module]]
         assert {name: tuple(array.shape) for name, array in arrays.items()} == {
-            name: tuple(tensor.shape) for name, tensor in weights[WEIGHTS[module]].items()
+            name: tuple(tensor.shape) for name, tensor in expected(plan, module).items()
         }
         assert set(content.metric_records["progress"]) == PROGRESS[module]
         assert set(content.config_records["receipt"]) == RECEIPT
         seen[module] += 1
-    assert seen == dict.fromkeys(["site", *TRAINED], len(SITES))
+    assert seen == dict.fromkeys(["site", *plan.modules], len(SITES))
 
 
 @pytest.mark.slow
 def test_a_message_is_no_larger_than_what_the_site_logged(watched: Watched) -> None:
     for site in SITES:
         sent = [e.body for e in Site(watched.out / "sites" / site).ledger().entries() if e.kind == "sent"]
-        assert [entry["module"] for entry in sent] == list(TRAINED)
+        assert [entry["module"] for entry in sent] == list(load_plan(watched.out / "study" / "plan.toml").modules)
         assert all(entry["to"].startswith("node ") for entry in sent)
 
 
@@ -211,7 +225,7 @@ def test_exact_counts_are_in_no_receipt_and_no_number_of_a_reply(watched: Watche
         manifest = json.loads((site.cohort_path / "manifest.json").read_text())
         counts = {len(manifest["patients"]), sum(row["split"] == "train" for row in manifest["patients"])}
         receipt = content.config_records["receipt"]
-        assert receipt["steps"] in {plan.training(module).steps for module in TRAINED}
+        assert receipt["steps"] in {plan.training(module).steps for module in plan.modules}
         assert not counts & set(content.metric_records["progress"].values())
         assert not counts & {receipt["epsilon"], receipt["epsilon_lifetime"]}
 
