@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.engines.embedding import plan_embedding
 from fedsynth.models.dcgan import make_generator
 from fedsynth.plan import GanPlan, Module, StudyPlan, TrainingPlan, save_plan
 from fedsynth.records import PROFILES, PUBLIC, State, state_digest, task_record, to_record
@@ -19,6 +21,8 @@ from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
 from fedsynth_server import rounds
 from fedsynth_server.checkpoint import StudyState, load_state
+from fedsynth_server.fitting.embedding import read_total
+from fedsynth_server.fitting.fit import fit_statistic
 from fedsynth_server.rounds import run_study
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
@@ -143,6 +147,22 @@ def test_the_server_adds_the_sums_and_fits_a_model_to_each(
     assert PROFILES in state.weights
     assert set(state.fits) == {"moments", "embedding"}
     assert state.fits["embedding"]["noise_norm"] > 0
+
+
+def test_a_fit_to_the_sum_of_one_site_takes_that_site_s_declared_patients_for_granted(
+    finished: tuple[Path, StudyState], plan: StudyPlan
+) -> None:
+    _, state = finished
+    alone = replace(state, curves={**state.curves, "embedding": [{"round": 1, "site": "a"}]})
+    report = fit_statistic(plan, alone, "embedding").fits["embedding"]
+    used = plan_embedding(plan, state.weights[PUBLIC["embedding"]])
+    expected = read_total(
+        used,
+        state.weights["embedding"]["total"],
+        noise_multipliers(plan, "a")["embedding"],
+        plan.site("a").nominal_patients,
+    )
+    assert report["patients"] == pytest.approx(expected.patients)
 
 
 def test_synthetic_patients_come_from_the_fitted_models(finished: tuple[Path, StudyState], plan: StudyPlan) -> None:

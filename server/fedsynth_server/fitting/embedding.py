@@ -265,6 +265,7 @@ def fit_generator(
     public: State,
     total: Tensor,
     noise_sd: float,
+    patients: int,
     profiles: SyntheticProfiles,
     generator: torch.Generator,
 ) -> tuple[State, dict[str, float]]:
@@ -276,6 +277,7 @@ def fit_generator(
         public: the public state of the embedding.
         total: (row_size,) sum of the sites' noisy sums.
         noise_sd: standard deviation of its noise in each coordinate.
+        patients: declared by the sites that contributed.
         profiles: pool of synthetic patients whose conditions are drawn.
         generator: of all draws.
 
@@ -287,7 +289,7 @@ def fit_generator(
     if section is None:
         raise ValueError("the plan has no section embedding")
     embedding = plan_embedding(plan, public)
-    target = read_total(embedding, total, noise_sd, sum(site.nominal_patients for site in plan.sites))
+    target = read_total(embedding, total, noise_sd, patients)
     settings = FitSettings(section.fit_steps, section.fit_batch, section.fit_learning_rate)
     result = fit(plan, start, embedding, target, profiles, settings, generator)
     return result.state, {

@@ -36,6 +36,6 @@ def fit_statistic(plan: StudyPlan, state: StudyState, module: Module) -> StudySt
         profiles, report = fit_moments(plan, public, total, noise_sd, patients)
         return replace(state.with_weights(**{PROFILES: profiles}), fits={**state.fits, module: report})
     pool = profile_model(plan, state.weights).draw(_POOL, draws)
-    generator, report = fit_generator(plan, state.weights["generator"], public, total, noise_sd, pool, draws)
+    generator, report = fit_generator(plan, state.weights["generator"], public, total, noise_sd, patients, pool, draws)
     fitted = state.with_weights(generator=generator, generator_ema=generator)
     return replace(fitted, fits={**state.fits, module: report})

@@ -198,6 +198,7 @@ def run_recipe(
     randomness = {name: SeededRandomness(1000 * seed + i) for i, name in enumerate(sorted(sites))}
     history = _mechanisms(plan, sites, noise)
     report = _spent(plan, history, noise)
+    declared = sum(plan.site(name).nominal_patients for name in sites)
     pool = public_conditions
     if conditions == "moments":
         public = weights[PUBLIC["moments"]]
@@ -205,7 +206,6 @@ def run_recipe(
         for name, site in sites.items():
             rows = moments.rows(plan, public, site.genes, site.patients.morphology, site.patients.labels)
             totals[name] = release_statistic(rows, history[name]["moments"], 1.0, randomness[name]).weights
-        declared = sum(plan.site(name).nominal_patients for name in sites)
         noise_sd = _noise_sd(history, "moments")
         state, fit = fit_moments(plan, public, summed(totals)["total"], noise_sd, declared)
         report |= {f"moments_{key}": value for key, value in fit.items()}
@@ -219,7 +219,9 @@ def run_recipe(
             rows = embedding.rows(plan, public, p.slices, p.morphology, p.labels)
             totals[name] = release_statistic(rows, history[name]["embedding"], 1.0, randomness[name]).weights
         noise_sd = _noise_sd(history, "embedding")
-        generator, fit = fit_generator(plan, generator, public, summed(totals)["total"], noise_sd, pool, draws)
+        generator, fit = fit_generator(
+            plan, generator, public, summed(totals)["total"], noise_sd, declared, pool, draws
+        )
         report |= {f"embedding_{key}": value for key, value in fit.items()}
     if plan.gan.rounds:
         generator = _adversarial(plan, generator, critic, sites, history, randomness, pool)
