@@ -73,6 +73,10 @@ def plan_summary(plan: StudyPlan, site: str) -> str:
             f"sample rate {plan.sample_rate(module, site):.3f}, clip {training.max_grad_norm:g}, "
             f"noise multiplier {sigma[module]:g}"
         )
+    if plan.privacy.accountant == "prv":
+        lines.append(
+            "PRV composes the removal of a patient; that adding one costs less is checked numerically, not proven."
+        )
     if plan.privacy.reproducible_seed is not None:
         lines.append("NOT PRIVATE: the plan fixes the noise seed.")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from fedsynth.budget import mechanism
-from fedsynth.dp.accounting import epsilon
+from fedsynth.dp.accounting import Accountant, epsilon
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import Refused
 from fedsynth.plan import StudyPlan
@@ -13,13 +13,13 @@ from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
 from fedsynth_server.checkpoint import StudyState
 
 _TRUST = (
-    "Each hospital trusts its own machines. The coordinator is honest-but-curious: it sees every site's noisy weights, "
-    "and the epsilon of a site holds against it as well as against recipients. Sites need not trust each other."
+    "Each hospital trusts its own machines. The coordinator is honest-but-curious: it sees every site's noisy weights "
+    "and sums, and the epsilon of a site holds against it as well as against recipients. Sites need not trust each other."
 )
 _COMPOSITION = (
     "Disjoint patients at several sites compose in parallel: a patient's epsilon is that of the patient's own site. A "
-    "patient who is treated at two sites of the study has the sum of both. Later releases from the same cohorts add to "
-    "the lifetime epsilon, which each site's ledger keeps."
+    "patient who is treated at two sites of the study has at most the sum of both epsilons, at the sum of both deltas. "
+    "Later releases from the same cohorts add to the lifetime epsilon, which each site's ledger keeps."
 )
 _NOT_COVERED = [
     "the choice of panel, sequences, architectures and hyper-parameters, made on public or simulated data",
@@ -28,6 +28,14 @@ _NOT_COVERED = [
     "floating-point effects of the noise generator (Mironov 2012)",
     "what a recipient infers about everybody from correlations that hold in the population",
 ]
+_ACCOUNTANTS: dict[Accountant, tuple[str, str]] = {  # what composes, and the package that holds its formulas
+    "rdp": ("Renyi DP of the sampled Gaussian mechanism", "fedsynth"),
+    "prv": ("privacy random variables of the sampled Gaussian mechanism", "opacus"),
+}
+_ONE_DIRECTION = (
+    "a proof that adding a patient costs no more than removing one: the PRV accountant composes the direction of removal, "
+    "and that addition costs less is checked numerically"
+)
 
 
 def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
@@ -82,22 +90,20 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
     private = plan.privacy.reproducible_seed is None and all(
         receipt.private for by_module in state.receipts.values() for receipt in by_module.values()
     )
+    accountant, package = _ACCOUNTANTS[plan.privacy.accountant]
     return PrivacyStatement(
         study=plan.name,
         plan_digest=plan.digest,
         private=private,
         epsilon_budget=plan.privacy.epsilon,
         delta=plan.privacy.delta,
-        accountant={"rdp": "Renyi DP of the sampled Gaussian mechanism", "prv": "privacy random variables"}[
-            plan.privacy.accountant
-        ]
-        + " (Opacus)",
-        accountant_version=version("opacus"),
+        accountant=accountant,
+        accountant_version=f"{package} {version(package)}",
         noise_source=SystemRandomness.description if private else SeededRandomness.description,
         sites=sites,
         trust_model=_TRUST,
         composition=_COMPOSITION,
-        not_covered=_NOT_COVERED,
+        not_covered=[*_NOT_COVERED, _ONE_DIRECTION] if plan.privacy.accountant == "prv" else _NOT_COVERED,
         intended_use="Developing and teaching methods for paired imaging and expression data; software tests.",
         forbidden_use="Diagnosis or treatment of anyone; attempts to single out or to re-identify a person.",
     )

@@ -126,6 +126,9 @@ class MorphologyPlan(Section):
 class PrivacyPlan(Section):
     """The budget of the whole study at every site; the unit is the patient, neighbours differ by adding or removing one.
 
+    `accountant` ``"rdp"`` bounds epsilon by proof. ``"prv"`` needs less noise; it composes the direction of removal, and
+    that addition costs less is checked numerically, not proven (`docs/accounting.md`).
+
     `reproducible_seed` replaces the cryptographic noise source by a seeded one. Such a run is *not private*: it is marked
     so in the ledger, the report and the release, and a site's policy refuses it by default.
 

@@ -14,6 +14,7 @@ from fedsynth.errors import Refused
 from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.policy import save_policy
+from fedsynth_client.setup import plan_summary
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import Receipt, StudyState, first_state
 from fedsynth_server.rounds import run_study
@@ -64,6 +65,24 @@ def test_a_statement_states_the_ledgers(tiny_folder: Path, tiny_plan: StudyPlan)
             )
             assert mechanism.epsilon_alone < stated.epsilon
         assert stated.epsilon < sum(mechanism.epsilon_alone for mechanism in stated.mechanisms)
+
+
+def test_a_statement_names_the_formulas_that_composed_it_and_what_they_leave_unproven(
+    tiny_plan: StudyPlan, state: StudyState
+) -> None:
+    by_rdp = privacy_statement(tiny_plan, state)
+    assert by_rdp.accountant_version.startswith("fedsynth ")
+    assert not any("PRV" in item for item in by_rdp.not_covered)
+    plan = tiny_plan.model_copy(update={"privacy": tiny_plan.privacy.model_copy(update={"accountant": "prv"})})
+    spent = planned_epsilon(plan, "a")
+    receipts = {
+        site: {module: replace(receipt, epsilon=spent) for module, receipt in by_module.items()}
+        for site, by_module in state.receipts.items()
+    }
+    by_prv = privacy_statement(plan, replace(state, receipts=receipts))
+    assert by_prv.accountant_version.startswith("opacus ")
+    assert any("direction of removal" in item for item in by_prv.not_covered)
+    assert "checked numerically" in plan_summary(plan, "a")
 
 
 def test_a_seeded_run_is_stated_as_not_private(tiny_folder: Path, tiny_plan: StudyPlan) -> None:

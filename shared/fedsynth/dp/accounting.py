@@ -1,12 +1,13 @@
 """What sampled Gaussian mechanisms cost together: pure functions over histories.
 
 A one-shot release (every patient takes part) is a mechanism of sample rate 1. Two accountants compose any history, and
-both give upper bounds; neighbouring cohorts differ by adding or removing one patient.
+both give upper bounds, PRV for the direction of removal; neighbouring cohorts differ by adding or removing one patient.
 
 RDP: the sampled Gaussian's moments by Mironov, Talwar, Zhang (2019), who prove that removing a patient is the worse of
 both directions; conversion to (epsilon, delta) by Balle et al. (2020), theorem 21. The same formulas as in Opacus, over
 more orders and in arrays instead of loops, since a plan's allocation takes hundreds of them.
-PRV: Opacus' numerical composition after Gopi, Lee, Wutschitz (2021), for the direction of removal.
+PRV: Opacus' numerical composition after Gopi, Lee, Wutschitz (2021), for the direction of removal; that addition costs
+less under composition is checked numerically (in the tests), not proven.
 The Gaussian mechanism alone has an exact answer: Balle and Wang (2018), theorem 8.
 """
 
