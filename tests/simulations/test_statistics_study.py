@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message, RecordDict
+from safetensors.torch import load_file
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.engines.embedding import plan_embedding
 from fedsynth.models.dcgan import make_generator
 from fedsynth.plan import GanPlan, Module, StudyPlan, TrainingPlan, save_plan
 from fedsynth.records import PROFILES, PUBLIC, State, state_digest, task_record, to_record
+from fedsynth_client import rounds as client_rounds
 from fedsynth_client.app import app as client_app
+from fedsynth_client.policy import save_policy
 from fedsynth_client.site import Site
 from fedsynth_server import rounds
 from fedsynth_server.checkpoint import StudyState, load_state
@@ -229,3 +232,74 @@ def test_a_module_without_rounds_is_refused(
     content = RecordDict({"task": task_record(plan.digest, "autoencoder", 1)})
     reply = ask(Site(folder / "a"), "autoencoder", content)
     assert reply.config_records["refusal"]["code"] == "round_not_in_plan"
+
+
+def embedding_task(plan: StudyPlan, weights: dict[str, State]) -> RecordDict:
+    name = PUBLIC["embedding"]
+    return RecordDict({"task": task_record(plan.digest, "embedding", 1), name: to_record(weights[name])})
+
+
+def charges_of(site: Site) -> list[str]:
+    return [entry.body["study"] for entry in site.ledger().entries() if entry.kind == "charge"]
+
+
+def test_a_statistic_that_was_interrupted_is_charged_once_and_leaves_once(
+    folder: Path,
+    plan: StudyPlan,
+    weights: dict[str, State],
+    ask: Callable[[Site, Module, RecordDict], RecordDict],
+) -> None:
+    site, task = Site(folder / "a"), embedding_task(plan, weights)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(client_rounds.Ledger, "released", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(site, "embedding", task)
+    unseen = load_file(next((site.folder / "outbox").rglob("embedding-0001.safetensors")))
+    first, second = (ask(site, "embedding", task).array_records["embedding"]["total"].numpy() for _ in range(2))
+    assert charges_of(site) == [plan.digest]
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, unseen["total"].numpy())
+
+
+def test_a_statistic_that_failed_is_withheld_for_good(
+    folder: Path,
+    plan: StudyPlan,
+    weights: dict[str, State],
+    ask: Callable[[Site, Module, RecordDict], RecordDict],
+) -> None:
+    site, task = Site(folder / "a"), embedding_task(plan, weights)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def failing(*_: object) -> None:
+            raise ValueError("something about a patient")
+
+        patched.setattr(client_rounds.embedding, "rows", failing)
+        assert ask(site, "embedding", task).config_records["refusal"]["code"] == "internal_error"
+    assert ask(site, "embedding", task).config_records["refusal"]["code"] == "result_withheld"
+    assert charges_of(site) == [plan.digest]
+    assert not list((site.folder / "outbox").rglob("embedding-0001.safetensors"))
+
+
+def test_the_same_statistic_under_another_plan_is_charged_again(
+    folder: Path,
+    plan: StudyPlan,
+    weights: dict[str, State],
+    ask: Callable[[Site, Module, RecordDict], RecordDict],
+) -> None:
+    site = Site(folder / "a")
+    save_policy(site.policy().model_copy(update={"max_epsilon": 30.0}), site.policy_path)
+    again = plan.model_copy(update={"purpose": "The same once more, for another purpose."})
+    ask(site, "embedding", embedding_task(plan, weights))
+    once = site.ledger().epsilon(plan.privacy.delta)
+    assert (
+        ask(site, "embedding", embedding_task(again, weights)).config_records["refusal"]["code"] == "plan_not_approved"
+    )
+    assert charges_of(site) == [plan.digest]
+    site.approve(again)
+    assert "refusal" not in ask(site, "embedding", embedding_task(again, weights))
+    assert charges_of(site) == [plan.digest, again.digest]
+    assert site.ledger().epsilon(plan.privacy.delta) > 1.2 * once
