@@ -11,7 +11,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsynth.errors import UsageError
 from fedsynth.plan import load_plan
 from fedsynth_server.rounds import run_study
-from fedsynth_server.warm_start import load_warm_start
+from fedsynth_server.warm_start import check_made_for, load_warm_start
 
 
 def study_folder(context: Context) -> Path:
@@ -33,9 +33,11 @@ def make_app(folder_of: Callable[[Context], Path] = study_folder) -> ServerApp:
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         folder = folder_of(context)
-        warm_start = folder / "warm-start.safetensors"
-        weights = load_warm_start(warm_start)[0] if warm_start.is_file() else None
-        run_study(grid, load_plan(folder / "plan.toml"), folder, weights)
+        plan, warm_start, weights = load_plan(folder / "plan.toml"), folder / "warm-start.safetensors", None
+        if warm_start.is_file():
+            check_made_for(warm_start, plan)
+            weights = load_warm_start(warm_start)[0]
+        run_study(grid, plan, folder, weights)
 
     return app
 

@@ -361,6 +361,11 @@ class StudyPlan(Section):
             raise ValueError("nothing makes images: no embedding, no round of the gan, no public generator")
 
     @property
+    def images_identity(self) -> str:
+        """SHA-256 (hex) of which sequences and morphology features in which order: what weights over images are bound to."""
+        return hashlib.sha256(json.dumps([self.image.sequences, self.morphology.features]).encode()).hexdigest()
+
+    @property
     def modules(self) -> tuple[Module, ...]:
         """The modules that take part, in the order in which they run."""
         return tuple(module for module in MODULES if self._section(module) is not None and self.training(module).rounds)

@@ -98,4 +98,4 @@ def _save(
     }
     described = f"directions, scales and feature network of the statistics from {len(public.labels)} simulated patients"
     provenance |= {"statistics": f"{described}, seed {seed}"}
-    save_warm_start(out, networks | statistics, provenance, plan.genes)
+    save_warm_start(out, networks | statistics, provenance, plan.genes, plan.images_identity)

@@ -12,7 +12,7 @@ from fedsynth.errors import UsageError
 from fedsynth.plan import StudyPlan
 from fedsynth.records import state_digest
 from fedsynth_server.checkpoint import first_state
-from fedsynth_server.warm_start import load_warm_start, save_warm_start
+from fedsynth_server.warm_start import check_made_for, load_warm_start, save_warm_start
 
 PROVENANCE = {"data": "public simulated cohort", "licence": "Apache-2.0"}
 
@@ -62,3 +62,27 @@ def test_a_file_that_is_no_warm_start_is_named(tmp_path: Path, warm: Path, what:
     with pytest.raises(UsageError) as refused:
         load_warm_start(path)
     assert refused.value.code == "warm_start_unreadable"
+
+
+@pytest.mark.parametrize("changed", ["sequences", "features", "panel", "nothing"])
+def test_weights_of_the_same_shapes_for_other_data_are_refused(tiny_plan: StudyPlan, warm: Path, changed: str) -> None:
+    weights, named = load_warm_start(warm)
+    start = {"sha256": "0" * 64, "provenance": "made for another plan"}
+    values = tiny_plan.model_dump() | {
+        "gan": tiny_plan.gan.model_dump() | {"warm_start": named.model_dump()},
+        "autoencoder": tiny_plan.autoencoder.model_dump() | {"warm_start": start},
+    }
+    save_warm_start(warm, weights, PROVENANCE, tiny_plan.genes, tiny_plan.images_identity)
+    other = {
+        "sequences": {"image": values["image"] | {"sequences": ["T1", "T2", "FLAIR"]}},
+        "features": {"morphology": values["morphology"] | {"features": values["morphology"]["features"][::-1]}},
+        "panel": {"genes": values["genes"] | {"panel": values["genes"]["panel"][::-1]}},
+        "nothing": {},
+    }[changed]
+    plan = StudyPlan.model_validate(values | other)
+    if changed == "nothing":
+        check_made_for(warm, plan)
+        return
+    with pytest.raises(UsageError) as refused:
+        check_made_for(warm, plan)
+    assert refused.value.code == "warm_start_of_other_data"
