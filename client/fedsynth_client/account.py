@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from fedsynth.dp.accounting import Accountant, Mechanism, epsilon
+from fedsynth.dp.accounting import PRV_LEAST_DELTA, Accountant, Mechanism, epsilon
 from fedsynth.errors import FedsynthError
 from fedsynth_client.ledger import Entry
 from fedsynth_client.site import Site
@@ -54,6 +54,8 @@ def account(site: Site) -> Account:
     groups = list(dict.fromkeys((entry.body["study"], entry.body["module"]) for entry in charges))
     delta = policy.max_delta or 1e-5
     by = _accountant(site, charges[-1].body["study"]) if charges else "rdp"
+    if delta < PRV_LEAST_DELTA:  # the policy was tightened since
+        by = "rdp"
     spent = epsilon(ledger.history(), delta, by)
     return Account(
         site=policy.site,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedsynth.budget import mechanism
-from fedsynth.dp.accounting import epsilon
+from fedsynth.dp.accounting import PRV_LEAST_DELTA, epsilon
 from fedsynth.errors import FedsynthError, Refused
 from fedsynth.plan import StudyPlan
 from fedsynth_client.cohort import load_cohort
@@ -89,8 +89,10 @@ def _budget(site: Site, plan: StudyPlan) -> str:
         for number in range(1, plan.training(module).rounds + 1)
         if (module, number) not in already
     ]
-    spent = ledger.epsilon(policy.max_delta, plan.privacy.accountant)
-    after = epsilon([*ledger.history(), *ahead], policy.max_delta, plan.privacy.accountant)
+    # A policy whose delta is too small for PRV refuses every plan that asks for it; RDP still tells what was spent.
+    by = "rdp" if policy.max_delta < PRV_LEAST_DELTA else plan.privacy.accountant
+    spent = ledger.epsilon(policy.max_delta, by)
+    after = epsilon([*ledger.history(), *ahead], policy.max_delta, by)
     if after > policy.max_epsilon + 1e-9:
         raise Refused(
             "budget_exceeded",

@@ -7,6 +7,8 @@ from fedsynth.dp.accounting import epsilon
 from fedsynth.plan import StudyPlan
 from fedsynth_client.account import Account, account
 from fedsynth_client.ledger import Limit, Task
+from fedsynth_client.policy import save_policy
+from fedsynth_client.preflight import preflight
 from fedsynth_client.site import Site
 
 
@@ -50,3 +52,16 @@ def test_without_the_plan_the_account_stands_by_rdp(tiny_site: Site, tiny_plan: 
     gone = account(tiny_site)
     assert (gone.accountant, gone.epsilon) == ("rdp", epsilon(tiny_site.ledger().history(), 1e-5))
     assert len(gone.spendings) == 1
+
+
+def test_a_policy_with_less_delta_than_prv_can_tell_still_shows_what_was_spent(
+    tiny_site: Site, tiny_plan: StudyPlan
+) -> None:
+    tight = by_prv(tiny_plan)
+    tiny_site.approve(tight)
+    charged(tiny_site, tight)
+    save_policy(tiny_site.policy().model_copy(update={"max_delta": 1e-12}), tiny_site.policy_path)
+    now = account(tiny_site)
+    assert (now.accountant, now.epsilon) == ("rdp", epsilon(tiny_site.ledger().history(), 1e-12))
+    refused = [line.what for line in preflight(tiny_site, tight) if not line.ok]
+    assert any("delta_above_policy" in line for line in refused)
