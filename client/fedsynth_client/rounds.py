@@ -28,6 +28,7 @@ from fedsynth.records import (
     check_reply,
     check_state,
     from_record,
+    norm_limit,
     progress_record,
     state_digest,
     to_record,
@@ -109,7 +110,7 @@ def _run(
     site.log.info("%s round %d: %s charge, %d steps", task.module, task.round, standing.value, block.steps)
     try:
         result = _train(plan, task.module, incoming, local, cohort, block, randomness)
-        check_state(result.weights, WEIGHTS[task.module])
+        check_state(result.weights, WEIGHTS[task.module], norm_limit(task.module))
     except Exception as error:
         # That training failed is told, and may depend on who was drawn: to run it again under the same charge would
         # answer the same question twice.

@@ -28,6 +28,7 @@ from fedsynth.records import (
     State,
     check_reply,
     from_record,
+    norm_limit,
     task_record,
     task_weights,
     to_record,
@@ -149,7 +150,7 @@ def _accept(reply: Message, module: Module, expected: State, order: int) -> Site
     check_reply(reply.content, module)
     if "refusal" in reply.content:
         raise JobFailed(_refusal_code(reply), "The site refused.")
-    weights = from_record(reply.content, WEIGHTS[module], expected)
+    weights = from_record(reply.content, WEIGHTS[module], expected, largest_norm=norm_limit(module))
     progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
     stated = reply.content.config_records["receipt"]
     receipt = Receipt(

@@ -49,6 +49,11 @@ RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
 LARGEST_NORM = 1e4
 
 
+def norm_limit(module: Module) -> float:
+    """Largest norm of what a site may send of `module`: that of sums grows with patients and noise, so they have none."""
+    return math.inf if module in PUBLIC else LARGEST_NORM
+
+
 def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
     """Pack a state dict (name -> tensor) as a Flower record."""
     return ArrayRecord({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})

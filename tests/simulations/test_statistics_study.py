@@ -17,11 +17,13 @@ from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.engines.embedding import plan_embedding
 from fedsynth.models.dcgan import make_generator
 from fedsynth.plan import GanPlan, Module, StudyPlan, TrainingPlan, save_plan
-from fedsynth.records import PROFILES, PUBLIC, State, state_digest, task_record, to_record
+from fedsynth.records import LARGEST_NORM, PROFILES, PUBLIC, State, state_digest, task_record, to_record
 from fedsynth_client import rounds as client_rounds
 from fedsynth_client.app import app as client_app
 from fedsynth_client.policy import save_policy
 from fedsynth_client.site import Site
+from fedsynth_client.training.block import BlockResult
+from fedsynth_client.training.statistic import TOTAL
 from fedsynth_server import rounds
 from fedsynth_server.checkpoint import StudyState, load_state
 from fedsynth_server.fitting.embedding import read_total
@@ -303,3 +305,19 @@ def test_the_same_statistic_under_another_plan_is_charged_again(
     assert "refusal" not in ask(site, "embedding", embedding_task(again, weights))
     assert charges_of(site) == [plan.digest, again.digest]
     assert site.ledger().epsilon(plan.privacy.delta) > 1.2 * once
+
+
+def test_the_sum_of_a_large_cohort_is_sent_and_accepted(
+    folder: Path, plan: StudyPlan, weights: dict[str, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of such a norm would be a fault; the counts of a hundred thousand patients have it."""
+
+    def large(rows: torch.Tensor, *_: object) -> BlockResult:
+        return BlockResult({TOTAL: torch.full((rows.shape[1],), 1e5)}, {}, {})
+
+    monkeypatch.setattr(client_rounds, "release_statistic", large)
+    statistics = plan.model_copy(update={"gan": plan.gan.model_copy(update={"rounds": 0})})
+    for name in NODES.values():
+        Site(folder / name).approve(statistics)
+    state = run_study(grid_of(folder), statistics, folder / "statistics", weights)
+    assert float(state.weights["embedding"]["total"].norm()) > LARGEST_NORM
