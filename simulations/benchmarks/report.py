@@ -126,6 +126,7 @@ def _figure(lines: Sequence[Line], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.artist import Artist
 
     federated = [line for line in lines if line.arrangement == "federated"]
     epsilons = sorted({line.epsilon for line in federated})
@@ -164,7 +165,7 @@ def _figure(lines: Sequence[Line], path: Path) -> None:
         panel.set_title("no noise" if np.isinf(epsilon) else f"epsilon {epsilon:g}", fontsize=10)
     for panel in axes[-1]:
         panel.set_xlabel("patients at each of 3 sites", fontsize=8)
-    named: dict[str, object] = {}
+    named: dict[str, Artist] = {}
     for panel in axes.flat:
         handles, labels = panel.get_legend_handles_labels()
         named |= dict(zip(labels, handles, strict=True))
