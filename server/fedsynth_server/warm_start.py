@@ -21,8 +21,7 @@ def save_warm_start(
     path: Path,
     weights: dict[str, State],
     provenance: dict[str, str],
-    genes: GenePlan | None = None,
-    images: str = "",
+    made_for: StudyPlan | None = None,
 ) -> None:
     """Write state dicts by name as one safetensors file.
 
@@ -32,8 +31,8 @@ def save_warm_start(
             ``embedding_public``. Networks are stored as float16, half the size, and a plan's digests are of what is read;
             scales and variances of the statistics need the range of float32.
         provenance: how they were made and from what public data.
-        genes: the panel of ``autoencoder`` and ``moments_public``; without it no plan can use them.
-        images: `StudyPlan.images_identity` of the plan that the weights were made with; empty where that is not known.
+        made_for: a plan with the genes, sequences, features and label that the weights are about; without it no plan can
+            use those over genes, and the rest is taken on trust.
     """
     tensors = {
         f"{name}/{key}": (tensor.float() if name in PUBLIC.values() else tensor.half()).contiguous()
@@ -42,8 +41,9 @@ def save_warm_start(
     }
     metadata = {
         "provenance": json.dumps(provenance, sort_keys=True),
-        "genes": genes.identity if genes else "",
-        "images": images,
+        "genes": made_for.genes.identity if made_for else "",
+        "images": made_for.images_identity if made_for else "",
+        "label": made_for.label_identity if made_for else "",
     }
     write_atomic(path, save(tensors, metadata))
 
@@ -59,7 +59,7 @@ def load_warm_start(path: Path) -> tuple[dict[str, State], WarmStart]:
 
 
 def check_made_for(path: Path, plan: StudyPlan) -> None:
-    """Refuse a file whose weights were made for other genes or images than those of `plan`.
+    """Refuse a file whose weights were made for other genes, images or classes than those of `plan`.
 
     A digest says which numbers are meant, not what they are about: weights for T1, T1c, FLAIR have the shapes of those for
     T1, T2, FLAIR, and a study would spend its budget on them. What a file does not state is taken on trust.
@@ -77,6 +77,12 @@ def check_made_for(path: Path, plan: StudyPlan) -> None:
             "images",
             plan.images_identity,
             "other sequences or morphology features, or another order of them,",
+        ),
+        (
+            any((plan.moments, plan.embedding)),
+            "label",
+            plan.label_identity,
+            "another label, or another order of its classes,",
         ),
     ):
         if used and stated.get(key) and stated[key] != named:

@@ -366,6 +366,11 @@ class StudyPlan(Section):
         return hashlib.sha256(json.dumps([self.image.sequences, self.morphology.features]).encode()).hexdigest()
 
     @property
+    def label_identity(self) -> str:
+        """SHA-256 (hex) of the label and its classes in their order: what statistics by class are bound to."""
+        return hashlib.sha256(json.dumps([self.label.name, self.label.classes]).encode()).hexdigest()
+
+    @property
     def modules(self) -> tuple[Module, ...]:
         """The modules that take part, in the order in which they run."""
         return tuple(module for module in MODULES if self._section(module) is not None and self.training(module).rounds)

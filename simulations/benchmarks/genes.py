@@ -421,6 +421,7 @@ def _with_basis(name: str, split: Split, basis: State | int, seeds: list[int]) -
 
 def _of_model(what: str, train: Table, test: Table, classes: int, weights: State, sigma: float, seed: int) -> Scores:
     """Scores of a classifier trained on draws of the model that is fitted to one noisy sum, and of the model itself."""
+    weights = {**weights, "morphology_by_class": torch.zeros(classes, 0)}
     size = Sizes(classes, weights["basis"].shape[1], 0)
     model = LinearGaussianProfiles(fitted_moments(size, weights, [train], sigma, 1000 + seed), 4.0)
     drawn = model.draw(_DRAWN, torch.Generator().manual_seed(seed))

@@ -95,7 +95,9 @@ def _statistics(
     model = make_generator(plan)
     model.load_state_dict(generator)
     draws = torch.Generator().manual_seed(seed + 1)
-    moments = public_moments_weights(profiles, public.morphology.numpy(), _COMPONENTS)
+    moments = public_moments_weights(
+        profiles, public.morphology.numpy(), _COMPONENTS, public.labels.numpy(), len(plan.label.classes)
+    )
     return {
         PUBLIC["moments"]: {name: tensor.contiguous() for name, tensor in moments.items()},
         PUBLIC["embedding"]: embedding_state(plan, public, masks, model, draws),

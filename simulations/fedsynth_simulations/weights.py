@@ -93,9 +93,11 @@ def _save(
     components = int(MomentsPlan.model_fields["components"].default)
     draws = torch.Generator().manual_seed(seed + 1)
     statistics = {
-        PUBLIC["moments"]: public_moments_weights(profiles, morphology, components),
+        PUBLIC["moments"]: public_moments_weights(
+            profiles, morphology, components, public.labels, len(plan.label.classes)
+        ),
         PUBLIC["embedding"]: embedding_state(plan, cohort, public.masks, model.eval(), draws),
     }
     described = f"directions, scales and feature network of the statistics from {len(public.labels)} simulated patients"
     provenance |= {"statistics": f"{described}, seed {seed}"}
-    save_warm_start(out, networks | statistics, provenance, plan.genes, plan.images_identity)
+    save_warm_start(out, networks | statistics, provenance, plan)

@@ -62,6 +62,7 @@ def public(plan: StudyPlan) -> dict[str, Tensor]:
         "morphology_centre": torch.tensor([0.5, 0.4, 0.6]),
         "morphology_scale": torch.tensor([0.05, 0.06, 0.04]),
         "morphology_shape": normal_shape(3),
+        "morphology_by_class": torch.zeros(2, 3),
     }
     assert {name: t.shape for name, t in public_template(plan).items()} == {name: t.shape for name, t in found.items()}
     return found
@@ -234,6 +235,22 @@ def test_shrinkage_keeps_a_signal_and_removes_noise() -> None:
     assert float(shrink(nothing, variance).abs().max()) < 0.1
 
 
+def test_where_noise_leaves_nothing_the_classes_differ_as_in_public(public: dict[str, Tensor]) -> None:
+    by_class = torch.tensor([[-0.6, 0.3, 0.0], [0.6, -0.3, 0.1]])
+    told = {**public, "morphology_by_class": by_class}
+    genes, morphology, labels = draw_truth(public, 300, 4)
+    total = rows_of_size(SIZE, told, genes, morphology, labels).double().sum(0)
+    noise = torch.randn(len(total), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drowned, _ = fit_sum(SIZE, told, total + 1e4 * noise, 1e4, 300)
+    apart = drowned["means"][1, COMPONENTS:] - drowned["means"][0, COMPONENTS:]
+    torch.testing.assert_close(apart, by_class[1] - by_class[0], atol=0.02, rtol=0)
+    # Many patients without noise say more than any belief.
+    genes, morphology, labels = draw_truth(public, 60_000, 4)
+    total = rows_of_size(SIZE, told, genes, morphology, labels).double().sum(0)
+    heard, _ = fit_sum(SIZE, told, total, 0.0, 60_000)
+    torch.testing.assert_close(heard["means"][:, COMPONENTS:], TRUTH["means"][:, COMPONENTS:], atol=0.05, rtol=0)
+
+
 def test_genes_and_labels_alone_are_fitted_too(public: dict[str, Tensor]) -> None:
     size = Sizes(classes=2, components=COMPONENTS, features=0)
     genes_only = {
@@ -241,6 +258,7 @@ def test_genes_and_labels_alone_are_fitted_too(public: dict[str, Tensor]) -> Non
         "morphology_centre": torch.zeros(0),
         "morphology_scale": torch.zeros(0),
         "morphology_shape": torch.zeros(0, SHAPE_POINTS),
+        "morphology_by_class": torch.zeros(2, 0),
     }
     genes, _, labels = draw_truth(public, 60_000, 9)
     found = rows_of_size(size, genes_only, genes, torch.zeros(60_000, 0), labels)

@@ -64,7 +64,7 @@ def test_a_file_that_is_no_warm_start_is_named(tmp_path: Path, warm: Path, what:
     assert refused.value.code == "warm_start_unreadable"
 
 
-@pytest.mark.parametrize("changed", ["sequences", "features", "panel", "nothing"])
+@pytest.mark.parametrize("changed", ["sequences", "features", "panel", "classes", "nothing"])
 def test_weights_of_the_same_shapes_for_other_data_are_refused(tiny_plan: StudyPlan, warm: Path, changed: str) -> None:
     weights, named = load_warm_start(warm)
     start = {"sha256": "0" * 64, "provenance": "made for another plan"}
@@ -72,11 +72,16 @@ def test_weights_of_the_same_shapes_for_other_data_are_refused(tiny_plan: StudyP
         "gan": tiny_plan.gan.model_dump() | {"warm_start": named.model_dump()},
         "autoencoder": tiny_plan.autoencoder.model_dump() | {"warm_start": start},
     }
-    save_warm_start(warm, weights, PROVENANCE, tiny_plan.genes, tiny_plan.images_identity)
+    save_warm_start(warm, weights, PROVENANCE, tiny_plan)
     other = {
         "sequences": {"image": values["image"] | {"sequences": ["T1", "T2", "FLAIR"]}},
         "features": {"morphology": values["morphology"] | {"features": values["morphology"]["features"][::-1]}},
         "panel": {"genes": values["genes"] | {"panel": values["genes"]["panel"][::-1]}},
+        "classes": {
+            "label": values["label"] | {"classes": values["label"]["classes"][::-1]},
+            "embedding": {"budget_share": 0.1, "public": start},
+            "gan": values["gan"] | {"budget_share": 0.4},
+        },
         "nothing": {},
     }[changed]
     plan = StudyPlan.model_validate(values | other)

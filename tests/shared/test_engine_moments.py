@@ -67,7 +67,9 @@ def make_public() -> dict[str, Tensor]:
         "genes_scale": torch.tensor([2.0, 1.5, 1.0, 0.5]),
         "morphology_centre": torch.tensor([0.5, 0.3, 0.7]),
         "morphology_scale": torch.tensor([0.12, 0.2, 0.05]),
-        "morphology_shape": torch.zeros(3, SHAPE_POINTS),  # rows do not use it
+        # Rows use neither of these.
+        "morphology_shape": torch.zeros(3, SHAPE_POINTS),
+        "morphology_by_class": torch.zeros(SIZE.classes, 3),
     }
 
 

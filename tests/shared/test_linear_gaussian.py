@@ -28,6 +28,7 @@ def make_state() -> dict[str, Tensor]:
         "morphology_centre": torch.tensor([0.5, 0.4]),
         "morphology_scale": torch.tensor([0.04, 0.05]),
         "morphology_shape": normal_shape(2),
+        "morphology_by_class": torch.zeros(3, 2),
     }
     root = 0.5 * torch.randn(4, 4, generator=draws) + torch.eye(4)
     return {

@@ -42,3 +42,11 @@ def test_what_cannot_be_scaled_is_refused() -> None:
     nobody = np.full_like(MORPHOLOGY, np.nan)
     with pytest.raises(ValueError, match="measured"):
         public_moments_weights(PROFILES, nobody, 3)
+
+
+def test_classes_differ_by_their_public_means() -> None:
+    labels = np.arange(len(MORPHOLOGY)) % 2
+    weights = public_moments_weights(PROFILES, MORPHOLOGY, 3, labels, 2)
+    standard = (MORPHOLOGY - np.nanmean(MORPHOLOGY, axis=0)) / np.nanstd(MORPHOLOGY, axis=0)
+    np.testing.assert_allclose(weights["morphology_by_class"][1], np.nanmean(standard[labels == 1], axis=0), atol=1e-6)
+    assert not public_moments_weights(PROFILES, MORPHOLOGY, 3)["morphology_by_class"].any()

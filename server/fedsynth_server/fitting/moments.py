@@ -1,9 +1,10 @@
 """From the noisy sum of the sites' moments to a linear-Gaussian model: post-processing, without privacy cost.
 
 Every entry of the sum carries noise of known variance. Each moment is therefore shrunk towards what public constants say
-(no link, unit variances, equal classes) by empirical Bayes: the moments of a block are taken as draws around the public
-value with a variance tau^2 that is estimated by maximum marginal likelihood, given each entry's noise and sampling variance
-(Efron and Morris 1973). Infinite noise leaves the public model, no noise and many patients leave the moments themselves.
+(no link, unit variances, equal shares of the classes, their public differences in morphology) by empirical Bayes: the
+moments of a block are taken as draws around the public value with a variance tau^2, over whose posterior is averaged,
+given each entry's noise and sampling variance (Efron and Morris 1973). Infinite noise leaves the public model, no noise
+and many patients leave the moments themselves.
 
 Rows hold vectors that were shortened to a bound; what that takes away from each moment in a public population is given
 back. Patients who vary more than the public population seem to vary as it does: lengths beyond the bound are not told
@@ -113,8 +114,20 @@ def fit_sum(
     counts = estimate_counts(moments, noise, patients)
     means = torch.cat(
         [
-            _class_means(moments["class_genes"], noise["class_genes"], counts.class_genes[:, None], counts.prior),
-            _class_means(moments["class_morphology"], noise["class_morphology"], counts.class_features, counts.prior),
+            _class_means(
+                moments["class_genes"],
+                noise["class_genes"],
+                counts.class_genes[:, None],
+                counts.prior,
+                torch.zeros(size.classes, r, dtype=torch.float64),
+            ),
+            _class_means(
+                moments["class_morphology"],
+                noise["class_morphology"],
+                counts.class_features,
+                counts.prior,
+                public["morphology_by_class"].double(),
+            ),
         ],
         dim=1,
     )
@@ -230,14 +243,15 @@ def _near(noisy: Tensor, variance: Tensor, declared: Tensor) -> Tensor:
     return declared + (noisy - declared) * spread / (spread + variance)
 
 
-def _class_means(sums: Tensor, noise: Tensor, counts: Tensor, prior: Tensor) -> Tensor:
-    """(K, d) class means: their common part shrunk towards the public centre 0, their differences towards none."""
+def _class_means(sums: Tensor, noise: Tensor, counts: Tensor, prior: Tensor, public: Tensor) -> Tensor:
+    """(K, d) class means: their common part shrunk towards the public centre 0, their differences towards `public` ones."""
     means = sums / counts
     variance = noise / counts**2 + 1 / counts
     weights = prior[:, None]
     common = (weights * means).sum(0)
     common_shrunk = shrink(common, (weights**2 * variance).sum(0))
-    apart = shrink(means - common, variance)
+    expected = public - (weights * public).sum(0)
+    apart = expected + shrink(means - common - expected, variance)
     return common_shrunk + apart - (weights * apart).sum(0)
 
 

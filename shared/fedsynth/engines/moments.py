@@ -129,7 +129,9 @@ def public_template(plan: StudyPlan) -> State:
     ``basis`` (G, r) orthonormal directions of expression on the plan's scale; ``genes_scale`` (r,) standard deviation of
     a public population along each; ``morphology_centre`` and ``morphology_scale`` (F,) mean and standard deviation of
     the normalised features in a public population, and ``morphology_shape`` (F, `SHAPE_POINTS`) their standardised
-    quantile functions at probabilities (i + 1/2) / `SHAPE_POINTS`, of mean 0 and standard deviation 1; rows do not use it.
+    quantile functions at probabilities (i + 1/2) / `SHAPE_POINTS`, of mean 0 and standard deviation 1.
+    ``morphology_by_class`` (K, F) is the mean of the standardised features in each class of the public population: what is
+    believed of the classes where the noise leaves nothing else. Rows use neither of the last two.
     """
     size, genes = sizes(plan), len(plan.genes.panel)
     return {
@@ -138,6 +140,7 @@ def public_template(plan: StudyPlan) -> State:
         "morphology_centre": torch.zeros(size.features),
         "morphology_scale": torch.ones(size.features),
         "morphology_shape": torch.zeros(size.features, SHAPE_POINTS),
+        "morphology_by_class": torch.zeros(size.classes, size.features),
     }
 
 

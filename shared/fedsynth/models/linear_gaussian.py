@@ -34,7 +34,8 @@ def linear_gaussian_template(plan: StudyPlan) -> State:
 
 
 def public_prior(size: Sizes, public: Mapping[str, Tensor]) -> State:
-    """The model that knows public constants only: classes alike and equally frequent, genes and morphology unlinked.
+    """The model that knows public constants only: classes equally frequent and as different in morphology as in the public
+    population, alike in genes, which are not linked to morphology.
 
     Args:
         size: of the model.
@@ -43,12 +44,15 @@ def public_prior(size: Sizes, public: Mapping[str, Tensor]) -> State:
     Returns:
         The public weights, ``class_prior`` (K,), ``means`` (K, r + F) and ``covariance`` (r + F, r + F) of u and m.
     """
-    width = size.components + size.features
+    r, width = size.components, size.components + size.features
+    means, covariance = torch.zeros(size.classes, width), torch.eye(width)
+    means[:, r:] = public["morphology_by_class"]
+    apart = means - means.mean(0)
     return {
         **{name: tensor.to(torch.float32).clone() for name, tensor in public.items()},
         "class_prior": torch.full((size.classes,), 1 / size.classes),
-        "means": torch.zeros(size.classes, width),
-        "covariance": torch.eye(width),
+        "means": means,
+        "covariance": covariance - apart.T @ apart / size.classes,
     }
 
 
