@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsynth.errors import FedsynthError, UsageError
-from fedsynth.plan import Module
+from fedsynth.plan import MODULES, Module
 from fedsynth.records import refusal
 from fedsynth_client.rounds import answer
 from fedsynth_client.site import Site
@@ -47,25 +47,11 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     def query_site(message: Message, context: Context) -> Message:
         return Message(_guarded("site", lambda: folder_of(context), _name), reply_to=message)
 
-    @app.train("moments")
-    def release_moments(message: Message, context: Context) -> Message:
-        return handle("moments", message, context)
+    def handler(module: Module) -> Callable[[Message, Context], Message]:
+        return lambda message, context: handle(module, message, context)
 
-    @app.train("embedding")
-    def release_embedding(message: Message, context: Context) -> Message:
-        return handle("embedding", message, context)
-
-    @app.train("autoencoder")
-    def train_autoencoder(message: Message, context: Context) -> Message:
-        return handle("autoencoder", message, context)
-
-    @app.train("radiogenomics")
-    def train_radiogenomics(message: Message, context: Context) -> Message:
-        return handle("radiogenomics", message, context)
-
-    @app.train("gan")
-    def train_gan(message: Message, context: Context) -> Message:
-        return handle("gan", message, context)
+    for module in MODULES:
+        app.train(module)(handler(module))
 
     return app
 
