@@ -555,7 +555,7 @@ def _decode_reason(path: Path, error: Exception) -> Reason:
     if syntax.is_compressed and syntax.is_encapsulated:
         try:
             available = get_decoder(syntax).is_available
-        except NotImplementedError:
+        except NotImplementedError:  # how pydicom says that it knows no decoder of this transfer syntax
             available = False
         return Reason.UNDECODABLE if available else Reason.UNSUPPORTED_TRANSFER_SYNTAX
     short = isinstance(error, EOFError) or "less than" in str(error) or "expected" in str(error).casefold()
