@@ -1,0 +1,93 @@
+"""Taking tasks from a Flower process that runs with ``--isolation process``: the Runtime API, as Flower 1.41 speaks it.
+
+Flower's own executor unpacks the bundle that the other side sent and runs what is in it. The site's and the coordinator's
+runners use this module instead, so that only installed code runs. It touches Flower's internals: the version is pinned
+exactly, and `tests/network` holds the contract.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+@dataclass(frozen=True)
+class RuntimeDoor:
+    """Where tasks are handed out.
+
+    Attributes:
+        address: host:port of the SuperNode's or SuperLink's Runtime API.
+        ca: PEM of the certificate authority that vouches for it.
+        secret: bytes of the SuperExec secret, without which no task is handed out.
+    """
+
+    address: str
+    ca: bytes
+    secret: bytes
+
+    def client(self, *interceptors: ProtobufClientInterceptor, component: str = "SuperExec") -> RuntimeHttpClient:
+        """A client of the Runtime API."""
+        return RuntimeHttpClient.from_server_address(
+            server_address=self.address,
+            insecure=False,
+            root_certificates=self.ca,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *interceptors],
+            retry_invoker=make_simple_http_retry_invoker(),
+        )
+
+    def task_client(self, token: str, component: str) -> RuntimeHttpClient:
+        """A client for one task; `token` is what the task was handed out with."""
+        return self.client(RuntimeTokenHttpInterceptor(token), component=component)
+
+
+def take_tasks(
+    door: RuntimeDoor,
+    task_type: str,
+    work: Callable[[str], None],
+    stopped: Callable[[], bool],
+    poll_seconds: float = 0.2,
+) -> None:
+    """Take tasks of one type, one after another, and give each one's token to `work`, until `stopped()`.
+
+    Args:
+        door: where tasks are handed out; a door that cannot be reached is tried again (Flower's own back-off).
+        task_type: ``"flwr-clientapp"`` or ``"flwr-serverapp"``.
+        work: does the task and reports its outcome by itself; what it raises ends the runner.
+        stopped: asked between tasks.
+        poll_seconds: between two questions for a task.
+    """
+    signed = SuperExecAuthHttpInterceptor(master_secret=door.secret, protected_methods={_ACQUIRE})
+    with door.client(signed) as client:
+        while not stopped():
+            answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[task_type]))
+            if answer.HasField("task") and answer.token:
+                work(answer.token)
+            else:
+                time.sleep(poll_seconds)
+
+
+@contextmanager
+def heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
+    """Tell Flower that the task is alive while the block runs."""
+    sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    sender.start()
+    try:
+        yield
+    finally:
+        if sender.is_running:
+            sender.stop()
