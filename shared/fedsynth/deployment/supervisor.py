@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +25,14 @@ import psutil
 from pydantic import BaseModel
 
 from fedsynth.errors import JobFailed, UsageError
-from fedsynth.files import write_atomic
-from fedsynth.progress import say
+from fedsynth.files import DISK_FULL, write_atomic
+from fedsynth.progress import say as say_line
 
 _TICK_SECONDS = 0.5
 _FIRST_DELAY_SECONDS = 2.0
 _LONGEST_DELAY_SECONDS = 60.0
 _STEADY_SECONDS = 120.0  # a process that ran this long starts again without the delay of earlier failures
+_LEFTOVER_SECONDS = 10.0
 _CLAIM_ATTEMPTS = 5
 _LOG_BYTES = 20 * 2**20
 
@@ -146,26 +147,27 @@ def supervise(folder: Path, children: Sequence[Child], tick: Callable[[], bool] 
         JobFailed: ``child_gave_up``: a process ended with a code after which a restart is no use.
     """
     with _claimed(folder):
+        since = datetime.now(UTC)
         _end_leftovers(folder)
         logs = folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         running = [_Running(child, _open_log(logs / f"{child.name}.log")) for child in children]
         stop = _Signals()
         state: SupervisorState = "failed"
-        try:
-            with stop:
+        with stop:  # also while the processes end: an impatient second Ctrl-C would leave them behind
+            try:
                 while not stop.seen and tick():
                     for each in running:
                         _keep(each)
-                    _write(folder, "running", running)
+                    _write(folder, "running", since, running)
                     time.sleep(_TICK_SECONDS)
-            state = "stopped"
-        finally:
-            _write(folder, "stopping", running)
-            for each in reversed(running):
-                _end(each)
-                each.log.close()
-            _write(folder, state, running)
+                state = "stopped"
+            finally:
+                _write(folder, "stopping", since, running)
+                for each in reversed(running):
+                    _end(each)
+                    each.log.close()
+                _write(folder, state, since, running)
 
 
 def read_status(folder: Path) -> SupervisorStatus | None:
@@ -216,12 +218,16 @@ def stop(folder: Path, timeout: float = 60.0) -> None:
         UsageError: ``not_running``.
         JobFailed: ``stop_timed_out``.
     """
-    status = read_status(folder)
-    if status is None or not is_running(folder):
+    if not is_running(folder):
         raise UsageError("not_running", f"Nothing runs in {folder}.")
-    os.kill(status.pid, signal.SIGTERM)
+    asked = False
     deadline = time.monotonic() + timeout
     while is_running(folder):
+        holder = (_run(folder) / "supervisor.lock").read_bytes()
+        if holder and not asked:  # empty while a supervisor is just starting
+            asked = True
+            with suppress(ProcessLookupError):  # it ended between the question and the signal
+                os.kill(int(holder), signal.SIGTERM)
         if time.monotonic() > deadline:
             raise JobFailed(
                 "stop_timed_out", f"The processes of {folder} are still ending.", "Wait, then ask for status."
@@ -242,7 +248,14 @@ def _claimed(folder: Path) -> Iterator[None]:
                 if attempt + 1 == _CLAIM_ATTEMPTS:
                     raise _already_running(folder) from None
                 time.sleep(0.1)
-        yield
+        # The status file may still name an earlier supervisor while its leftovers are ended; the lock never does.
+        stream.truncate(0)
+        stream.write(str(os.getpid()).encode())
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
 
 
 def _already_running(folder: Path) -> UsageError:
@@ -258,13 +271,14 @@ def _end_leftovers(folder: Path) -> None:
         try:
             process = psutil.Process(child.pid)
             if abs(process.create_time() - child.started) < 1.0:
-                say(f"{child.name} of an earlier start still runs; ending it")
+                _say(f"{child.name} of an earlier start still runs; ending it")
                 process.terminate()
-                process.wait(10)
+                process.wait(_LEFTOVER_SECONDS)
         except psutil.NoSuchProcess:
             continue
         except psutil.TimeoutExpired:
             process.kill()
+            process.wait(_LEFTOVER_SECONDS)
 
 
 def _keep(each: _Running) -> None:
@@ -277,6 +291,7 @@ def _keep(each: _Running) -> None:
     if code is None:
         return
     name = each.child.name
+    _end_group(each.process.pid)
     each.process = None
     each.status = each.status.model_copy(update={"exit_code": code, "pid": None, "started": None})
     if code in each.child.fatal_codes:
@@ -288,7 +303,7 @@ def _keep(each: _Running) -> None:
     each.failures += 1
     each.start_at = time.monotonic() + delay
     each.status = each.status.model_copy(update={"state": "waiting", "restarts": each.status.restarts + 1})
-    say(f"{name} ended with code {code}; starting it again in {delay:.0f} s")
+    _say(f"{name} ended with code {code}; starting it again in {delay:.0f} s")
 
 
 def _start(each: _Running) -> None:
@@ -306,28 +321,47 @@ def _start(each: _Running) -> None:
     each.status = each.status.model_copy(update={"state": "running", "pid": each.process.pid, "started": created})
 
 
+def _end_group(pid: int) -> None:
+    """Kill what an ended process left of its group: workers of its own that would hold its port or its memory."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _end(each: _Running) -> None:
     if each.process is not None:
         each.process.terminate()
         try:
             code = each.process.wait(each.child.stop_seconds)
         except subprocess.TimeoutExpired:
-            say(f"{each.child.name} does not end; killing it")
+            _say(f"{each.child.name} does not end; killing it")
             each.process.kill()
             code = each.process.wait()
+        _end_group(each.process.pid)
         each.status = each.status.model_copy(update={"exit_code": code})
     if each.status.state != "failed":
         each.status = each.status.model_copy(update={"state": "stopped"})
     each.status = each.status.model_copy(update={"pid": None, "started": None})
 
 
-def _write(folder: Path, state: SupervisorState, running: Sequence[_Running]) -> None:
+def _write(folder: Path, state: SupervisorState, since: datetime, running: Sequence[_Running]) -> None:
     path = _run(folder) / "supervisor.json"
-    before = read_raw(path)
-    since = datetime.now(UTC) if before is None or before.pid != os.getpid() else before.since
     status = SupervisorStatus(pid=os.getpid(), since=since, state=state, children=[each.status for each in running])
-    if status != before:
+    if status == read_raw(path):
+        return
+    try:
         write_atomic(path, status.model_dump_json(indent=2).encode())
+    except OSError as error:
+        # A full disk must neither end the processes nor keep them from being ended; the next tick writes again.
+        if error.errno not in DISK_FULL:
+            raise
+
+
+def _say(line: str) -> None:
+    try:
+        say_line(line)
+    except OSError as error:
+        if error.errno not in DISK_FULL:  # standard error is often a log on the disk that is full
+            raise
 
 
 def read_raw(path: Path) -> SupervisorStatus | None:
