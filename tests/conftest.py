@@ -126,15 +126,14 @@ def tiny_site(tiny_folder: Path) -> Site:
 
 
 @pytest.fixture(scope="session")
-def task_content() -> Callable[[StudyPlan, Module, int], RecordDict]:
+def task_content() -> Callable[..., RecordDict]:
     """What the coordinator asks in a round: task and weights, here those that the study starts from."""
 
-    def content(plan: StudyPlan, module: Module, number: int = 1) -> RecordDict:
+    def content(plan: StudyPlan, module: Module, number: int = 1, site: str = "a", head: str = "") -> RecordDict:
         weights = first_state(plan, None).weights
         names = [WEIGHTS[module], *(("autoencoder", "radiogenomics", "discriminator") if module == "gan" else ())]
-        return RecordDict(
-            {"task": task_record(plan.digest, module, number), **{name: to_record(weights[name]) for name in names}}
-        )
+        task = task_record(plan.digest, module, number, site, head)
+        return RecordDict({"task": task, **{name: to_record(weights[name]) for name in names}})
 
     return content
 

@@ -59,7 +59,7 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
         FedsynthError: a refusal or failure; its code may leave the site, its text may not.
     """
     policy = site.policy()
-    task = _task(content, module)
+    task, head = _task(content, module, policy.site)
     plan = site.plan(task.study)
     check_plan(policy, plan)
     if module not in plan.modules or not 1 <= task.round <= plan.training(module).rounds:
@@ -67,6 +67,7 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
     check_module(policy, module)
     with site.alone():
         ledger, outbox = site.ledger(), Outbox(site.folder)
+        _check_not_set_back(ledger, head)
         if ledger.reply_digest(task) is None:
             _run(site, policy, plan, task, content, ledger, outbox)
         return _reply(policy, plan, task, ledger, outbox, recipient)
@@ -171,17 +172,37 @@ def _cohort(folder: Path, version: int, features: tuple[str, ...]) -> Cohort:
     return load_cohort(folder, list(features)).split("train")
 
 
-def _task(content: RecordDict, module: Module) -> Task:
+def _task(content: RecordDict, module: Module, site: str) -> tuple[Task, str]:
+    """The task, and the head of this site's ledger that the coordinator has a receipt of."""
     record = content.config_records.get("task")
-    if record is None or set(record) != {"study", "module", "round"}:
+    if record is None or set(record) != {"study", "module", "round", "site", "head"}:
         raise JobFailed("task_malformed", "The message carries no task, or one with unknown keys.")
-    study, named, number = record["study"], record["module"], record["round"]
+    study, named, number, whose, head = (record[key] for key in ("study", "module", "round", "site", "head"))
     # Not any text: the digest becomes part of a file's name.
     if not isinstance(study, str) or not re.fullmatch(r"[0-9a-f]{64}", study):
         raise JobFailed("task_malformed", "The message's task names no plan digest.")
     if named != module or not isinstance(number, int) or isinstance(number, bool):
         raise JobFailed("task_malformed", "The message's task does not fit its type.")
-    return Task(study, module, number)
+    if whose != site:
+        raise Refused("task_of_another_site", "The coordinator takes this node for another site: it registered its key so.")
+    if not isinstance(head, str) or not re.fullmatch(r"[0-9a-f]{64}|", head):
+        raise JobFailed("task_malformed", "The message's task names no ledger entry where it should.")
+    return Task(study, module, number), head
+
+
+def _check_not_set_back(ledger: Ledger, head: str) -> None:
+    """The coordinator holds a receipt for `head`: a ledger without that entry is an older copy of itself.
+
+    Raises:
+        Refused: ``ledger_set_back``.
+    """
+    if head and all(entry.digest != head for entry in ledger.entries()):
+        raise Refused(
+            "ledger_set_back",
+            "The coordinator holds a receipt for an entry that this ledger does not have: the ledger is an older copy, or "
+            "another one.",
+            "Restore the newest ledger. Until then nothing can run, since the same budget would be spent twice.",
+        )
 
 
 def _incoming(plan: StudyPlan, task: Task, content: RecordDict) -> dict[str, State]:

@@ -1,10 +1,13 @@
-"""Averaging of weights over sites: pure functions."""
+"""Combining what the sites sent: pure functions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from fedsynth.plan import StudyPlan
+import torch
+
+from fedsynth.plan import AggregationPlan, StudyPlan
 from fedsynth.records import State
 
 
@@ -24,6 +27,46 @@ def weighted_average(states: Mapping[str, State], weights: Mapping[str, float]) 
     return {
         name: sum(weights[site] * states[site][name].double() for site in sites).to(reference.dtype)  # type: ignore[union-attr]
         for name, reference in states[sites[0]].items()
+    }
+
+
+def combined(states: Mapping[str, State], weights: Mapping[str, float], rule: AggregationPlan) -> State:
+    """The sites' states combined by the plan's rule.
+
+    ``median`` and ``trimmed_mean`` are coordinate-wise (Yin et al. 2018, Byzantine-robust distributed learning): as long as
+    fewer sites are poisoned than are left out at each end, every coordinate lies between values of honest sites.
+
+    Args:
+        states: by site.
+        weights: by site, adding up to 1; for the mean only.
+        rule: the plan's aggregation.
+    """
+    if rule.rule == "mean":
+        return weighted_average(states, weights)
+    sites = sorted(states)
+    left_out = (len(sites) - 1) // 2 if rule.rule == "median" else math.floor(rule.trim * len(sites))
+    return {name: _trimmed_mean([states[site][name] for site in sites], left_out) for name in states[sites[0]]}
+
+
+def _trimmed_mean(tensors: list[torch.Tensor], left_out: int) -> torch.Tensor:
+    ordered = torch.stack([tensor.double() for tensor in tensors]).sort(dim=0).values
+    return ordered[left_out : len(tensors) - left_out].mean(dim=0).to(tensors[0].dtype)
+
+
+def update_norm(sent: State, received: State) -> float:
+    """L2 distance over all tensors together."""
+    return math.sqrt(sum(float((received[name].double() - sent[name].double()).pow(2).sum()) for name in sent))
+
+
+def bounded(sent: State, received: State, largest: float) -> State:
+    """`received`, drawn back towards `sent` so far that the update's L2 norm is at most `largest`."""
+    norm = update_norm(sent, received)
+    if norm <= largest:
+        return received
+    share = largest / norm
+    return {
+        name: (start.double() + share * (received[name].double() - start.double())).to(start.dtype)
+        for name, start in sent.items()
     }
 
 

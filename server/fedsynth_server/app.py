@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsynth.errors import UsageError
 from fedsynth.plan import load_plan
-from fedsynth_server.rounds import run_study
+from fedsynth_server.rounds import Patience, run_study
 from fedsynth_server.warm_start import check_made_for, load_warm_start
 
 
@@ -26,7 +26,10 @@ def study_folder(context: Context) -> Path:
     return Path(str(folder))
 
 
-def make_app(folder_of: Callable[[Context], Path] = study_folder) -> ServerApp:
+def make_app(
+    folder_of: Callable[[Context], Path] = study_folder,
+    patience: Patience = Patience(),  # noqa: B008 (immutable)
+) -> ServerApp:
     """A ServerApp that runs the study in the folder that `folder_of` finds (plan.toml, checkpoint, warm start)."""
     app = ServerApp()
 
@@ -37,7 +40,7 @@ def make_app(folder_of: Callable[[Context], Path] = study_folder) -> ServerApp:
         if warm_start.is_file():
             check_made_for(warm_start, plan)
             weights = load_warm_start(warm_start)[0]
-        run_study(grid, plan, folder, weights)
+        run_study(grid, plan, folder, weights, patience)
 
     return app
 

@@ -1,7 +1,8 @@
 """The round loop over the plan's modules; one checkpoint a round, and one after each fit to a statistic.
 
 Flower's ready-made strategies start at round 1 and wait for everybody; here a killed coordinator goes on where its last
-checkpoint stands, slow or refusing sites are left out of a round, and weights of the average are public constants.
+checkpoint stands, a lost task is sent again, slow or refusing sites are left out of a round, a study with too few sites
+pauses, and weights of the average are public constants.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from fedsynth.budget import noise_multipliers
 from fedsynth.errors import FedsynthError, JobFailed
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
@@ -33,12 +36,40 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
-from fedsynth_server.aggregation import moving_average, site_weights, summed, weighted_average
+from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, summed
 from fedsynth_server.checkpoint import CurveRow, Receipt, StudyState, first_state, load_state, save_state
 from fedsynth_server.fitting.fit import fit_statistic, statistic_template
+from fedsynth_server.status import StatusFile
 
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0  # between two looks at which nodes are connected
 _HELLO_TIMEOUT_SECONDS = 120.0
+# What Flower reports when a task or its reply did not arrive. Sending it again is safe: a site answers a task that it has
+# done from its stored reply, and goes on with one that was cut short under the charge that it made.
+_LOST = frozenset(
+    {
+        ErrorCode.MESSAGE_UNAVAILABLE,
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+        ErrorCode.NODE_UNAVAILABLE,
+        ErrorCode.CLIENT_APP_CRASHED,
+    }
+)
+_SENDS_A_ROUND = 5  # a site whose process dies of every task is not asked for ever
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a coordinator waits for sites that are not there.
+
+    Attributes:
+        absent_s: how long a round that has enough sites stays open for sites of the plan that are not connected.
+        shortage_s: how long the study pauses when fewer than ``aggregation.min_sites`` took part, before it gives up.
+        retry_s: between two attempts while it pauses.
+    """
+
+    absent_s: float = 0.0
+    shortage_s: float = 0.0
+    retry_s: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -50,107 +81,257 @@ class SiteReply:
     receipt: Receipt
 
 
-def run_study(grid: Grid, plan: StudyPlan, folder: Path, warm_start: dict[str, State] | None = None) -> StudyState:
-    """Run, or resume, the study of `plan`; its checkpoint lies in `folder`.
+@dataclass
+class _Round:
+    """What a round has gathered so far."""
+
+    module: Module
+    number: int
+    content: dict[str, RecordDict]
+    expected: State
+    accepted: dict[str, SiteReply] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def run_study(
+    grid: Grid,
+    plan: StudyPlan,
+    folder: Path,
+    warm_start: dict[str, State] | None = None,
+    patience: Patience = Patience(),
+) -> StudyState:
+    """Run, or resume, the study of `plan`; its checkpoint and status lie in `folder`.
 
     Raises:
-        JobFailed: ``too_few_sites``: fewer than ``aggregation.min_sites`` took part in a round. The checkpoint of the last
-            complete round stays, and the same call goes on from there.
+        JobFailed: ``too_few_sites``: fewer than ``aggregation.min_sites`` took part in a round for as long as `patience`
+            allows. The checkpoint of the last complete round stays, and the same call goes on from there.
     """
+    status = StatusFile(folder, plan)
+    try:
+        state = _run(grid, plan, folder, warm_start, patience, status)
+    except FedsynthError as error:
+        status.phase("failed", error.message, error.code)
+        raise
+    status.phase("finished", "All rounds are done; the study can be released.")
+    return state
+
+
+def _run(
+    grid: Grid,
+    plan: StudyPlan,
+    folder: Path,
+    warm_start: dict[str, State] | None,
+    patience: Patience,
+    status: StatusFile,
+) -> StudyState:
     state = load_state(folder, plan)
     if state is None:
         state = first_state(plan, warm_start)
         save_state(state, folder)
-    nodes = find_sites(grid, plan)
+    sites = _Sites(grid, plan)
     for module in plan.modules:
         rounds = plan.training(module).rounds
         for number in range(state.rounds[module] + 1, rounds + 1):
             if module == "radiogenomics" and number == 1 and plan.radiogenomics.start_from_encoder:
                 state = state.with_weights(radiogenomics=_from_encoder(plan, state))
             started = time.monotonic()
-            state = _round(grid, plan, state, module, number, nodes)
+            status.round(module, number, rounds)
+            replies = _gather(grid, plan, state, module, number, sites, patience, status)
+            state = _aggregate(plan, state, module, number, replies)
             save_state(state, folder)
-            sites = [row for row in state.curves[module] if row["round"] == number]
-            say(f"{module} round {number}/{rounds}: {len(sites)} sites, {time.monotonic() - started:.1f} s")
+            say(f"{module} round {number}/{rounds}: {len(replies)} sites, {time.monotonic() - started:.1f} s")
         if module in PUBLIC and module not in state.fits:
+            status.phase("running", f"Fitting to the statistic of {module}.")
             state = fit_statistic(plan, state, module)
             save_state(state, folder)
     return state
 
 
-def find_sites(grid: Grid, plan: StudyPlan) -> dict[int, str]:
-    """Ask every node for its site's name; nodes that the plan does not name take no part.
+class _Sites:
+    """Which node is which site of the plan, as far as is known; nodes that are new are looked at once."""
+
+    def __init__(self, grid: Grid, plan: StudyPlan) -> None:
+        self._grid, self._plan = grid, plan
+        self._names: dict[int, str] = {}
+        self._looked = -math.inf
+        self._connected: dict[str, int] = {}
+
+    def connected(self, *, anew: bool = False) -> dict[str, int]:
+        """Connected sites of the plan and their nodes; looked up every few seconds, or at once."""
+        if anew or time.monotonic() - self._looked >= _LOOK_SECONDS:
+            registered = {node.node_id: node.name for node in self._grid.get_nodes()}
+            new = {node: name for node, name in registered.items() if node not in self._names}
+            self._names |= find_sites(self._grid, self._plan, new)
+            self._connected = {self._names[node]: node for node in registered if self._names.get(node)}
+            self._looked = time.monotonic()
+        return self._connected
+
+
+def find_sites(grid: Grid, plan: StudyPlan, nodes: dict[int, str]) -> dict[int, str]:
+    """Which site each node is; a node that is no site of the plan gets an empty name and takes no part.
+
+    In a deployment the name is the one under which the coordinator registered the node's key; what the node says of itself
+    counts for nothing. Where nodes are not registered (on one machine) they are asked.
+
+    Args:
+        grid: the grid.
+        plan: the study plan.
+        nodes: node id -> registered name, or empty. A node that does not answer is left out, and can be asked again.
 
     Raises:
-        JobFailed: ``two_nodes_one_site``: two nodes claim the same site.
+        JobFailed: ``two_nodes_one_site``: two nodes say that they are the same site.
     """
+    known = {site.name for site in plan.sites}
+    found = {node: name if name in known else "" for node, name in nodes.items() if name}
     asked = [
         Message(RecordDict(), dst_node_id=node, message_type="query.site", ttl=_HELLO_TIMEOUT_SECONDS)
-        for node in grid.get_node_ids()
+        for node, name in nodes.items()
+        if not name
     ]
-    known = {site.name for site in plan.sites}
-    found: dict[int, str] = {}
     for node, reply in _exchange(grid, asked, _HELLO_TIMEOUT_SECONDS).items():
         if reply.has_error() or "site" not in reply.content.config_records:
             say(f"node {node} names no site ({_refusal_code(reply)})")
             continue
-        name = str(reply.content.config_records["site"].get("name", ""))
-        if name in found.values():
-            raise JobFailed("two_nodes_one_site", f"Two nodes say that they are site {name!r}.")
-        if name in known:
-            found[node] = name
+        stated = str(reply.content.config_records["site"].get("name", ""))
+        if stated in known and stated in found.values():
+            raise JobFailed("two_nodes_one_site", f"Two nodes say that they are site {stated!r}.")
+        found[node] = stated if stated in known else ""
     return found
 
 
-def _round(
-    grid: Grid, plan: StudyPlan, state: StudyState, module: Module, number: int, nodes: dict[int, str]
-) -> StudyState:
-    timeout = plan.aggregation.round_timeout_s
-    content = _task_content(plan, state, module, number)
-    messages = [
-        Message(content, dst_node_id=node, message_type=MESSAGE_TYPES[module], group_id=str(number), ttl=timeout)
-        for node in nodes
-    ]
-    answers = _exchange(grid, messages, timeout)
-    accepted: dict[str, SiteReply] = {}
-    missing: dict[str, str] = {site.name: "no_answer" for site in plan.sites}
-    expected = statistic_template(plan, module) if module in PUBLIC else state.weights[WEIGHTS[module]]
-    order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
-    for node, reply in answers.items():
-        try:
-            answer = _accept(reply, module, expected, order)
-            _check_not_forgotten(state.receipts.get(nodes[node], {}), answer.receipt)
-            accepted[nodes[node]] = answer
-            del missing[nodes[node]]
-        except FedsynthError as error:
-            missing[nodes[node]] = error.code
-    for site, code in sorted(missing.items()):
-        say(f"{module} round {number}: site {site} left out ({code})")
-    if len(accepted) < plan.aggregation.min_sites:
-        causes = ", ".join(f"{site}: {code}" for site, code in sorted(missing.items()))
-        raise JobFailed(
-            "too_few_sites",
-            f"{module} round {number}: {len(accepted)} sites took part, the plan wants {plan.aggregation.min_sites} "
-            f"({causes}).",
-            "The last complete round is stored; the same command goes on from there.",
+def _gather(
+    grid: Grid,
+    plan: StudyPlan,
+    state: StudyState,
+    module: Module,
+    number: int,
+    sites: _Sites,
+    patience: Patience,
+    status: StatusFile,
+) -> dict[str, SiteReply]:
+    """The accepted replies of one round, at least ``aggregation.min_sites`` of them; pauses until there are."""
+    current = _Round(
+        module,
+        number,
+        {site.name: _task_content(plan, state, module, number, site.name) for site in plan.sites},
+        statistic_template(plan, module) if module in PUBLIC else state.weights[WEIGHTS[module]],
+    )
+    began, absent_s = time.monotonic(), patience.absent_s
+    while True:
+        status.phase("running", f"{module} round {number} of {plan.training(module).rounds}.")
+        _attempt(grid, plan, state, current, sites, absent_s, status)
+        absent_s = 0.0  # who was waited for once is not waited for again: a paused study asks whoever is there
+        for site, code in sorted(current.missing.items()):
+            say(f"{module} round {number}: site {site} left out ({code})")
+        if len(current.accepted) >= plan.aggregation.min_sites:
+            return current.accepted
+        causes = ", ".join(f"{site}: {code}" for site, code in sorted(current.missing.items()))
+        shortage = (
+            f"{module} round {number}: {len(current.accepted)} sites took part, the plan wants "
+            f"{plan.aggregation.min_sites} ({causes})."
         )
-    return _aggregate(plan, state, module, number, accepted)
+        if time.monotonic() - began >= patience.shortage_s:
+            hint = "The last complete round is stored; the same command goes on from there."
+            raise JobFailed("too_few_sites", shortage, hint)
+        status.phase("paused", shortage, "too_few_sites")
+        time.sleep(patience.retry_s)
 
 
-def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: int) -> RecordDict:
-    content = RecordDict({"task": task_record(plan.digest, module, number)})
+def _attempt(
+    grid: Grid,
+    plan: StudyPlan,
+    state: StudyState,
+    current: _Round,
+    sites: _Sites,
+    absent_s: float,
+    status: StatusFile,
+) -> None:
+    """Ask every site of the plan that has not answered yet, and wait for answers.
+
+    Ends when nobody who is there is left to answer, and those who are not there have been waited for; at the latest after
+    the plan's ``round_timeout_s``.
+    """
+    module, number = current.module, current.number
+    began = time.monotonic()
+    deadline = began + plan.aggregation.round_timeout_s
+    open_sites = {site.name for site in plan.sites} - set(current.accepted)
+    current.missing = dict.fromkeys(open_sites, "not_connected")
+    waiting: dict[str, str] = {}  # message -> site
+    sends = dict.fromkeys(open_sites, 0)
+    not_before = dict.fromkeys(open_sites, began)
+    order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
+    connected = sites.connected(anew=True)
+    while (now := time.monotonic()) < deadline:
+        for site in sorted(open_sites - set(waiting.values())):
+            node = connected.get(site)
+            if node is None and sends[site] == 0:
+                status.site(site, "absent", "not_connected")
+            if node is None or sends[site] >= _SENDS_A_ROUND or now < not_before[site]:
+                continue
+            message = Message(
+                current.content[site],
+                dst_node_id=node,
+                message_type=MESSAGE_TYPES[module],
+                group_id=str(number),
+                ttl=max(1.0, deadline - now),
+            )
+            pushed = list(grid.push_messages([message]))
+            sends[site] += 1
+            not_before[site] = now + _LOOK_SECONDS
+            if pushed and pushed[0]:
+                waiting[pushed[0]] = site
+                current.missing[site] = "no_answer"
+                status.site(site, "asked")
+            else:
+                current.missing[site] = "not_sent"
+                status.site(site, "lost", "not_sent")
+        for reply in grid.pull_messages(list(waiting)):
+            # An error about a lost node names the wrong source, so replies are matched by the message that they answer.
+            answering = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if answering is None:
+                continue
+            if reply.has_error() and reply.error.code in _LOST:
+                current.missing[answering] = _refusal_code(reply)
+                status.site(answering, "lost", current.missing[answering])
+                continue
+            open_sites.discard(answering)
+            try:
+                answer = _accept(plan, reply, current, answering, order)
+                _check_not_forgotten(state.receipts.get(answering, {}), answer.receipt)
+            except FedsynthError as error:
+                current.missing[answering] = error.code
+                status.site(answering, "refused", error.code)
+                continue
+            current.accepted[answering] = answer
+            del current.missing[answering]
+            status.site(answering, "answered")
+        if not open_sites:
+            return
+        can_still = {site for site in open_sites if sends[site] < _SENDS_A_ROUND}
+        if not waiting and (not can_still or (not can_still & set(connected) and now - began >= absent_s)):
+            return
+        time.sleep(_POLL_SECONDS)
+        connected = sites.connected()
+
+
+def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: int, site: str) -> RecordDict:
+    receipts = state.receipts.get(site, {}).values()
+    newest = max(receipts, key=lambda receipt: receipt.order, default=None)
+    content = RecordDict({"task": task_record(plan.digest, module, number, site, newest.head if newest else "")})
     for name in task_weights(plan, module):
         content[name] = to_record(state.weights[name])
     return content
 
 
-def _accept(reply: Message, module: Module, expected: State, order: int) -> SiteReply:
+def _accept(plan: StudyPlan, reply: Message, current: _Round, site: str, order: int) -> SiteReply:
+    module = current.module
     if reply.has_error():
         raise JobFailed(_refusal_code(reply), "Flower could not deliver the task or its reply.")
     check_reply(reply.content, module)
     if "refusal" in reply.content:
         raise JobFailed(_refusal_code(reply), "The site refused.")
-    weights = from_record(reply.content, WEIGHTS[module], expected, largest_norm=norm_limit(module))
+    largest = largest_statistic(plan, module, site, current.expected) if module in PUBLIC else norm_limit(module)
+    weights = from_record(reply.content, WEIGHTS[module], current.expected, largest_norm=largest)
     progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
     stated = reply.content.config_records["receipt"]
     receipt = Receipt(
@@ -164,6 +345,19 @@ def _accept(reply: Message, module: Module, expected: State, order: int) -> Site
     if not re.fullmatch(r"[0-9a-f]{64}", receipt.head) or receipt.steps < 1:
         raise JobFailed("reply_malformed", "A receipt names no ledger entry, or no steps.")
     return SiteReply(weights, progress, receipt)
+
+
+def largest_statistic(plan: StudyPlan, module: Module, site: str, template: State) -> float:
+    """Largest L2 norm with which a site's noisy sum is taken: twice its declared patients, and more noise than it will have.
+
+    A row's norm is at most 1, so the sum's is at most the number of patients, which a declaration rounds. The norm of D
+    Gaussian values of deviation sigma exceeds ``sigma * (sqrt(D) + 6)`` with a probability below 1e-7 (concentration of
+    Lipschitz functions of Gaussians).
+    """
+    dimensions = sum(tensor.numel() for tensor in template.values())
+    return 2.0 * plan.site(site).nominal_patients + noise_multipliers(plan, site)[module] * (
+        math.sqrt(dimensions) + 6.0
+    )
 
 
 def _check_not_forgotten(earlier: dict[Module, Receipt], receipt: Receipt) -> None:
@@ -196,7 +390,13 @@ def _aggregate(
 ) -> StudyState:
     sites = sorted(replies)
     received = {site: replies[site].weights for site in sites}
-    result = summed(received) if module in PUBLIC else weighted_average(received, site_weights(plan, sites))
+    if module in PUBLIC:
+        result = summed(received)
+    else:
+        sent, limit = state.weights[WEIGHTS[module]], plan.aggregation.max_update_norm
+        if limit is not None:
+            received = {site: bounded(sent, weights, limit) for site, weights in received.items()}
+        result = combined(received, site_weights(plan, sites), plan.aggregation)
     weights = {**state.weights, WEIGHTS[module]: result}
     if module == "gan":
         weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, plan.gan.ema_decay)

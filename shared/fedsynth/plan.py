@@ -293,11 +293,29 @@ class GanPlan(TrainingPlan):
 
 
 class AggregationPlan(Section):
-    """How the server averages: weights are public constants (never true counts), `min_sites` replies close a round."""
+    """How the server averages: weights are public constants (never true counts), `min_sites` replies close a round.
+
+    Against a site that sends poisoned weights, `rule` takes the coordinate-wise ``"median"`` or ``"trimmed_mean"`` (leaving
+    out the largest and the smallest `trim` of the values; Yin et al. 2018) in place of the mean, and `max_update_norm`
+    bounds how far (L2) one site may move a module's weights in a round: a longer update is shortened to it. They govern
+    trained modules. Statistics are sums; a site's is refused when it is larger than its declared patients can make it.
+    """
 
     weighting: Literal["nominal", "equal"] = "nominal"
+    rule: Literal["mean", "median", "trimmed_mean"] = "mean"
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.34
+    max_update_norm: Positive | None = None
     min_sites: Count = 1
     round_timeout_s: Positive = 3600.0
+
+    @model_validator(mode="after")
+    def _robust_rules_have_sites_to_compare(self) -> Self:
+        if self.rule != "mean" and (self.weighting != "equal" or self.min_sites < 3):
+            raise ValueError(
+                f"aggregation.rule = '{self.rule}' compares sites one against another: it needs weighting = 'equal' and "
+                "min_sites of at least 3"
+            )
+        return self
 
 
 class SitePlan(Section):

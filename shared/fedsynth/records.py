@@ -1,8 +1,9 @@
 """What travels between coordinator and site: a closed list of message types and records, checked on both sides.
 
-A message to a site carries a task (plan digest, module, round) and model weights. A reply carries the module's weights
-(of a statistic: its noisy sum), a progress record of quantities that are post-processing of noisy states, and a receipt
-of the ledger; or a refusal code. Nothing else is defined, so nothing else can leave.
+A message to a site carries a task (plan digest, module, round, the site's name, the newest entry of its ledger that the
+coordinator has a receipt of) and model weights. A reply carries the module's weights (of a statistic: its noisy sum), a progress record of
+quantities that are post-processing of noisy states, and a receipt of the ledger; or a refusal code. Nothing else is
+defined, so nothing else can leave.
 """
 
 from __future__ import annotations
@@ -141,9 +142,18 @@ def profile_weights(plan: StudyPlan) -> tuple[str, ...]:
     return (PROFILES,) if plan.profile_engine == "moments" else ("autoencoder", "radiogenomics")
 
 
-def task_record(study: str, module: Module, round_number: int) -> ConfigRecord:
-    """What is asked of a site: plan digest, module, round (from 1)."""
-    return ConfigRecord({"study": study, "module": module, "round": round_number})
+def task_record(study: str, module: Module, round_number: int, site: str, head: str = "") -> ConfigRecord:
+    """What is asked of a site.
+
+    Args:
+        study: the plan's digest.
+        module: what to compute.
+        round_number: from 1.
+        site: whom the coordinator takes the node for; a site of another name refuses.
+        head: the newest entry of the site's ledger that the coordinator has a receipt of, empty before the first: a site
+            whose ledger does not hold it has been set back to an older copy, and would spend the same budget twice.
+    """
+    return ConfigRecord({"study": study, "module": module, "round": round_number, "site": site, "head": head})
 
 
 def refusal(code: str) -> RecordDict:

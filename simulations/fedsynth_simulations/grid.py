@@ -82,7 +82,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """All nodes, with their ids only."""
+        """All nodes, with their ids only: on one machine nobody registered keys under names."""
         return [NodeInfo(node_id=node) for node in self._contexts]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:

@@ -314,6 +314,10 @@ IN_THE_MESSAGE: list[tuple[str, str, Callable[[RecordDict], Any]]] = [
     ("path as plan", "task_malformed", _set_task(study="../policy")),
     ("very long plan", "task_malformed", _set_task(study="a" * 5000)),
     ("null byte", "task_malformed", _set_task(study="a\0b")),
+    ("another site", "task_of_another_site", _set_task(site="b")),
+    ("head is no digest", "task_malformed", _set_task(head="newest")),
+    ("head as number", "task_malformed", _set_task(head=1)),
+    ("head of another ledger", "ledger_set_back", _set_task(head="0" * 64)),
 ]
 
 
@@ -348,7 +352,7 @@ def test_a_discriminator_other_than_the_plan_names_is_refused(
     plan = tiny_plan.model_copy(update={"gan": tiny_plan.gan.model_copy(update={"warm_start": named})})
     tiny_site.approve(plan)
     content = task_content(tiny_plan, "gan")
-    content["task"] = task_record(plan.digest, "gan", 1)
+    content["task"] = task_record(plan.digest, "gan", 1, "a")
     wrong = RecordDict(dict(content.items()))
     _edit(wrong, "discriminator", lambda a: _first(a, lambda x: x + np.float32(1e-3)))
     with monkeypatch.context() as patched:
@@ -617,6 +621,25 @@ def test_a_ledger_that_forgot_what_the_outbox_holds_trains_nothing(
     for module, number in (("autoencoder", 2), ("gan", 1)):
         assert code_of(ask(tiny_site, module, task_content(tiny_plan, module, number))) == "ledger_incomplete"  # type: ignore[arg-type]
     assert kinds(tiny_site) == before
+
+
+def test_a_whole_site_that_was_set_back_spends_nothing_again(
+    tiny_site: Site, tiny_plan: StudyPlan, ask: Ask, task_content: Content, tmp_path: Path
+) -> None:
+    """A restored machine has ledger and outbox of the same old day; only the coordinator's receipt tells."""
+    ask(tiny_site, "autoencoder", task_content(tiny_plan, "autoencoder", 1))
+    shutil.copytree(tiny_site.folder, tmp_path / "snapshot")
+    receipt = ask(tiny_site, "autoencoder", task_content(tiny_plan, "autoencoder", 2)).config_records["receipt"]
+    head = str(receipt["head"])
+    restored = Site(tmp_path / "snapshot")
+    again = task_content(tiny_plan, "autoencoder", 2, head=head)
+    before = kinds(restored)
+    assert code_of(ask(restored, "autoencoder", again)) == "ledger_set_back"
+    assert kinds(restored) == before
+    # The site as it was answers, and a head from further back is as good as the newest.
+    older = task_content(tiny_plan, "autoencoder", 2, head=tiny_site.ledger().entries()[0].digest)
+    for content in (again, older):
+        assert "autoencoder" in ask(tiny_site, "autoencoder", content)
 
 
 def test_a_discriminator_goes_on_from_its_last_released_round(

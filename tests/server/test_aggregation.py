@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from fedsynth.plan import StudyPlan
+from fedsynth.plan import AggregationPlan, StudyPlan
 from fedsynth.records import State
-from fedsynth_server.aggregation import moving_average, site_weights, weighted_average
+from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, update_norm, weighted_average
 
 FINITE = st.floats(-1e3, 1e3, width=32)
 ARRAYS = numpy_strategies.arrays(np.float32, (3, 2), elements=FINITE)
@@ -74,3 +74,66 @@ def test_the_moving_average_is_the_formula(decay: float) -> None:
     assert torch.allclose(
         moving_average(old, new, decay)["layer.weight"], torch.tensor(decay * 2.0 + (1 - decay) * 4.0)
     )
+
+
+ROBUST = [
+    AggregationPlan(rule="median", weighting="equal", min_sites=3),
+    AggregationPlan(rule="trimmed_mean", weighting="equal", min_sites=3),
+]
+
+
+@pytest.mark.parametrize("rule", ROBUST, ids=lambda rule: rule.rule)
+@given(honest=st.lists(ARRAYS, min_size=2, max_size=4), poison=st.sampled_from([-1e30, 1e30, 7.0]))
+def test_one_poisoned_site_cannot_leave_the_range_of_the_honest_ones(
+    rule: AggregationPlan, honest: list[np.ndarray], poison: float
+) -> None:
+    states = {f"s{i}": state(array) for i, array in enumerate(honest)}
+    states["poisoned"] = state(np.full((3, 2), poison, np.float32))
+    weights = dict.fromkeys(states, 1 / len(states))
+    result = combined(states, weights, rule)["layer.weight"].numpy()
+    stack = np.stack(honest)
+    assert (result >= stack.min(axis=0)).all() and (result <= stack.max(axis=0)).all()
+    # The plain mean leaves it, which is why the rule exists.
+    if abs(poison) > 1e20:
+        mean = combined(states, weights, AggregationPlan())["layer.weight"].numpy()
+        assert ((mean < stack.min(axis=0)) | (mean > stack.max(axis=0))).all()
+
+
+@given(arrays=st.lists(ARRAYS, min_size=3, max_size=5))
+def test_the_median_is_numpys(arrays: list[np.ndarray]) -> None:
+    states = {f"s{i}": state(array) for i, array in enumerate(arrays)}
+    result = combined(states, dict.fromkeys(states, 1.0), ROBUST[0])["layer.weight"].numpy()
+    np.testing.assert_allclose(result, np.median(np.stack(arrays), axis=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sites", [3, 4, 5, 6])
+def test_the_trimmed_mean_leaves_out_the_share_at_each_end(sites: int) -> None:
+    values = {f"s{i}": {"w": torch.tensor([float(i**2)])} for i in range(sites)}
+    left_out = int(0.34 * sites)
+    kept = [float(i**2) for i in range(sites)][left_out : sites - left_out]
+    assert combined(values, {}, ROBUST[1])["w"].item() == pytest.approx(np.mean(kept))
+
+
+@given(start=ARRAYS, received=ARRAYS, largest=st.floats(0.1, 10))
+def test_a_bounded_update_keeps_its_direction_and_not_its_length(
+    start: np.ndarray, received: np.ndarray, largest: float
+) -> None:
+    sent, asked = state(start), state(received)
+    taken = bounded(sent, asked, largest)
+    norm = update_norm(sent, asked)
+    assert update_norm(sent, taken) <= largest + 1e-3 or norm <= largest
+    if norm <= largest:
+        assert taken is asked
+    else:
+        share = largest / norm
+        np.testing.assert_allclose(
+            taken["layer.weight"].numpy(), start + share * (received - start), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rule": "median"}, {"rule": "trimmed_mean", "weighting": "equal", "min_sites": 2}]
+)
+def test_a_robust_rule_without_sites_to_compare_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="compares sites"):
+        AggregationPlan.model_validate(changes)

@@ -12,17 +12,19 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 
 from fedsynth.errors import JobFailed
-from fedsynth.plan import MODULES, TRAINED, StudyPlan, load_plan
+from fedsynth.plan import MODULES, TRAINED, SitePlan, StudyPlan, load_plan
 from fedsynth.records import State, refusal
 from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
 from fedsynth_server import rounds
-from fedsynth_server.aggregation import weighted_average
-from fedsynth_server.checkpoint import FILE, StudyState, load_state, save_state
+from fedsynth_server.aggregation import update_norm, weighted_average
+from fedsynth_server.checkpoint import FILE, StudyState, first_state, load_state, save_state
 from fedsynth_server.forecast import forecast
-from fedsynth_server.rounds import run_study
+from fedsynth_server.rounds import Patience, run_study
+from fedsynth_server.status import StatusFile, StudyStatus, read_status
 from fedsynth_simulations.grid import InProcessGrid
 
 NODES = {10: "a", 11: "b"}
@@ -273,17 +275,167 @@ def test_nodes_that_the_plan_does_not_name_or_that_name_nothing_take_no_part(
 ) -> None:
     (tiny_folder / "b" / "policy.toml").unlink()
     grid = InProcessGrid(client_app, {10: tiny_folder / "a", 11: tiny_folder / "b"})
-    assert rounds.find_sites(grid, quick) == {10: "a"}
+    assert rounds.find_sites(grid, quick, {10: "", 11: ""}) == {10: "a"}
     assert "node 11 names no site (policy_missing)" in capsys.readouterr().err
     only_b = quick.model_copy(update={"sites": [quick.site("b")]})
-    assert rounds.find_sites(grid, only_b) == {}
+    assert rounds.find_sites(grid, only_b, {10: "", 11: ""}) == {10: ""}
 
 
 def test_two_nodes_of_one_site_are_refused(tiny_folder: Path, quick: StudyPlan) -> None:
     grid = InProcessGrid(client_app, {10: tiny_folder / "a", 11: tiny_folder / "a"})
     with pytest.raises(JobFailed) as failed:
-        rounds.find_sites(grid, quick)
+        rounds.find_sites(grid, quick, {10: "", 11: ""})
     assert failed.value.code == "two_nodes_one_site"
+
+
+def test_a_registered_name_counts_and_the_node_is_not_asked(tiny_folder: Path, quick: StudyPlan) -> None:
+    grid = SpoilingGrid(tiny_folder, {})
+    registered = {10: "b", 11: "a", 12: "elsewhere"}
+    assert rounds.find_sites(grid, quick, registered) == {10: "b", 11: "a", 12: ""}
+    assert grid.asked == []
+
+
+class Registered(SpoilingGrid):
+    """Nodes with registered names that come and go, and tasks that are lost on the way."""
+
+    def __init__(self, folder: Path, names: dict[int, str], spoil: dict[int, Spoil] | None = None) -> None:
+        super().__init__(folder, spoil or {})
+        self.names = names
+        self.lose: dict[int, list[int]] = {}  # node -> Flower's error codes, one for each task lost
+        self.joins: dict[int, int] = {}  # node -> how many looks it is away
+
+    def get_nodes(self) -> list[NodeInfo]:
+        self.joins = {node: looks - 1 for node, looks in self.joins.items()}
+        return [NodeInfo(node_id=n, name=name) for n, name in self.names.items() if self.joins.get(n, -1) < 0]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies: list[Message] = []
+        for reply in super().pull_messages(message_ids):
+            codes = self.lose.get(reply.metadata.src_node_id, [])
+            replies.append(make_message(reply.metadata, error=Error(codes.pop(0), "lost")) if codes else reply)
+        return replies
+
+
+def one_module(plan: StudyPlan, folder: Path, **aggregation: object) -> StudyPlan:
+    """`plan` with one round of the autoencoder and both sites' approval."""
+    plan = plan.model_copy(
+        update={
+            "autoencoder": plan.autoencoder.model_copy(update={"rounds": 1}),
+            "aggregation": plan.aggregation.model_copy(update=aggregation),
+        }
+    )
+    for name in NODES.values():
+        Site(folder / name).approve(plan)
+    return plan
+
+
+@pytest.fixture
+def only_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StudyPlan, "modules", ("autoencoder",))
+    monkeypatch.setattr(rounds, "_LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+@pytest.mark.parametrize("codes", [[5], [8, 8], [3], [4]])
+def test_a_lost_task_is_sent_again_and_charged_once(tiny_folder: Path, quick: StudyPlan, codes: list[int]) -> None:
+    plan = one_module(quick, tiny_folder)
+    grid = Registered(tiny_folder, NODES)
+    grid.lose = {11: list(codes)}
+    state = run_study(grid, plan, tiny_folder / "study")
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a", "b"}
+    assert len([asked for asked in grid.asked if asked[0] == 11]) == 1 + len(codes)
+    kinds = [entry.kind for entry in Site(tiny_folder / "b").ledger().entries()]
+    assert kinds.count("charge") == 1 and kinds.count("released") == 1
+    assert kinds.count("sent") == 1 + len(codes)
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_site_whose_process_dies_of_every_task_is_not_asked_for_ever(tiny_folder: Path, quick: StudyPlan) -> None:
+    plan = one_module(quick, tiny_folder)
+    grid = Registered(tiny_folder, NODES)
+    grid.lose = {11: [8] * 100}
+    state = run_study(grid, plan, tiny_folder / "study")
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a"}
+    assert len([asked for asked in grid.asked if asked[0] == 11]) == 5
+    status = read_status(tiny_folder / "study")
+    assert status is not None and (status.sites["b"].state, status.sites["b"].code) == ("lost", "flower_error_8")
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_site_that_connects_during_the_round_takes_part(tiny_folder: Path, quick: StudyPlan) -> None:
+    plan = one_module(quick, tiny_folder)
+    grid = Registered(tiny_folder, NODES)
+    grid.joins = {11: 3}
+    state = run_study(grid, plan, tiny_folder / "study", patience=Patience(absent_s=30))
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a", "b"}
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_study_with_too_few_sites_pauses_says_so_and_goes_on(
+    tiny_folder: Path, quick: StudyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = one_module(quick, tiny_folder, min_sites=2)
+    grid = Registered(tiny_folder, NODES)
+    grid.joins = {11: 4}
+    seen: list[tuple[str, str, str]] = []
+    write = StatusFile._write
+
+    def spy(file: StatusFile, status: StudyStatus) -> None:
+        seen.append((status.phase, status.code, status.sites["b"].state))
+        write(file, status)
+
+    monkeypatch.setattr(StatusFile, "_write", spy)
+    study = tiny_folder / "study"
+    state = run_study(grid, plan, study, patience=Patience(shortage_s=60, retry_s=0.02))
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a", "b"}
+    assert ("paused", "too_few_sites", "absent") in seen
+    status = read_status(study)
+    assert status is not None and status.phase == "finished"
+    assert {site.state for site in status.sites.values()} == {"answered"}
+    # The site that was there answered once, in the first attempt.
+    assert len([asked for asked in grid.asked if asked[0] == 10]) == 1
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_study_that_gives_up_says_why_in_its_status(tiny_folder: Path, quick: StudyPlan) -> None:
+    plan = one_module(quick, tiny_folder, min_sites=2)
+    with pytest.raises(JobFailed):
+        run_study(Registered(tiny_folder, {10: "a"}), plan, tiny_folder / "study")
+    status = read_status(tiny_folder / "study")
+    assert status is not None and (status.phase, status.code) == ("failed", "too_few_sites")
+    assert "b: not_connected" in status.message
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_node_registered_for_another_site_is_refused_by_the_site(
+    tiny_folder: Path, quick: StudyPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = one_module(quick, tiny_folder)
+    grid = Registered(tiny_folder, {10: "a", 11: "b"})
+    # The folder of node 11 says that it is site a.
+    policy = tiny_folder / "b" / "policy.toml"
+    policy.write_text((tiny_folder / "a" / "policy.toml").read_text(encoding="utf-8"), encoding="utf-8")
+    state = run_study(grid, plan, tiny_folder / "study")
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a"}
+    assert "site b left out (task_of_another_site)" in capsys.readouterr().err
+    assert Site(tiny_folder / "b").ledger().entries() == []
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_poisoned_update_is_shortened_to_the_bound(tiny_folder: Path, quick: StudyPlan) -> None:
+    plan = one_module(quick, tiny_folder, max_update_norm=0.01, weighting="equal")
+    poison = weights_changed(lambda x: x + np.float32(100.0))
+    state = run_study(Registered(tiny_folder, NODES, {11: poison}), plan, tiny_folder / "study")
+    start = first_state(plan, None).weights["autoencoder"]
+    assert update_norm(start, state.weights["autoencoder"]) <= 0.01 + 1e-6
+
+
+def test_a_statistic_larger_than_its_patients_can_make_it_is_refused() -> None:
+    template = {"sum": torch.zeros(100)}
+    plan = StudyPlan.model_construct(sites=[SitePlan(name="a", nominal_patients=50)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rounds, "noise_multipliers", lambda _plan, _site: {"moments": 5.0})
+        assert rounds.largest_statistic(plan, "moments", "a", template) == pytest.approx(100 + 5 * (10 + 6))
 
 
 def test_the_dnn_starts_from_the_averaged_encoder(tiny_folder: Path, quick: StudyPlan) -> None:

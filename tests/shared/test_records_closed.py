@@ -233,5 +233,6 @@ def test_no_module_may_send_the_weights_of_another() -> None:
 
 def test_a_refusal_and_a_task_hold_codes_and_numbers_only() -> None:
     assert dict(refusal("cohort_too_small").config_records["refusal"]) == {"code": "cohort_too_small"}
-    assert dict(task_record("f" * 64, "gan", 3)) == {"study": "f" * 64, "module": "gan", "round": 3}
+    task = task_record("f" * 64, "gan", 3, "north", "a" * 64)
+    assert dict(task) == {"study": "f" * 64, "module": "gan", "round": 3, "site": "north", "head": "a" * 64}
     assert isinstance(to_record(STATE), ArrayRecord)

@@ -140,7 +140,7 @@ def test_the_server_adds_the_sums_and_fits_a_model_to_each(
         site = Site(root / name)
         content = RecordDict(
             {
-                "task": task_record(plan.digest, "moments", 1),
+                "task": task_record(plan.digest, "moments", 1, "a"),
                 PUBLIC["moments"]: to_record(weights[PUBLIC["moments"]]),
             }
         )
@@ -222,7 +222,7 @@ def test_other_public_weights_than_those_approved_are_refused_before_anything_is
     module: Module,
 ) -> None:
     other = {name: tensor + 0.5 for name, tensor in weights[PUBLIC[module]].items()}
-    content = RecordDict({"task": task_record(plan.digest, module, 1), PUBLIC[module]: to_record(other)})
+    content = RecordDict({"task": task_record(plan.digest, module, 1, "a"), PUBLIC[module]: to_record(other)})
     site = Site(folder / "a")
     assert ask(site, module, content).config_records["refusal"]["code"] == "public_weights_differ"
     assert not site.ledger().entries()
@@ -231,14 +231,14 @@ def test_other_public_weights_than_those_approved_are_refused_before_anything_is
 def test_a_module_without_rounds_is_refused(
     folder: Path, plan: StudyPlan, ask: Callable[[Site, Module, RecordDict], RecordDict]
 ) -> None:
-    content = RecordDict({"task": task_record(plan.digest, "autoencoder", 1)})
+    content = RecordDict({"task": task_record(plan.digest, "autoencoder", 1, "a")})
     reply = ask(Site(folder / "a"), "autoencoder", content)
     assert reply.config_records["refusal"]["code"] == "round_not_in_plan"
 
 
 def embedding_task(plan: StudyPlan, weights: dict[str, State]) -> RecordDict:
     name = PUBLIC["embedding"]
-    return RecordDict({"task": task_record(plan.digest, "embedding", 1), name: to_record(weights[name])})
+    return RecordDict({"task": task_record(plan.digest, "embedding", 1, "a"), name: to_record(weights[name])})
 
 
 def charges_of(site: Site) -> list[str]:
