@@ -1,0 +1,190 @@
+"""One task over the SuperNode's Runtime API, as Flower 1.41 speaks it: look at it first, unpack it then, answer it.
+
+Flower's own client pulls and unpacks a message in one go. Here the announcement comes first (bundle, type, sender, number
+of objects), so that what is not admitted is never unpacked; and what is admitted is pulled against a limit. Beside
+`fedsynth.deployment.runtime` this is the only module that touches Flower's internals; the version is pinned, and
+`tests/client/test_node_flower.py` holds the contract.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.app.message import Array
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
+from flwr.common.serde import context_from_proto, message_from_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+
+from fedsynth.errors import Refused
+from fedsynth_client.node.admission import check_kind, check_size
+
+COORDINATOR = SUPERLINK_NODE_ID
+_ARRAY, _CHUNK = Array.__qualname__, ArrayChunk.__qualname__
+# Everything of a message that is not an array's data: names of records and arrays, and the task itself.
+_LARGEST_LISTS = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What is known of a task before its content is pulled.
+
+    Attributes:
+        bundle: bytes of the run's bundle; never unpacked.
+        declared: the hash that the other side gives for it.
+        message: the message without its content.
+        tree: ids of the objects that the content is made of.
+        context: Flower's context of the run.
+    """
+
+    bundle: bytes
+    declared: str
+    message: Message
+    tree: ObjectTree
+    context: Context
+
+
+def bound_responses(client: RuntimeHttpClient, limit: int) -> None:
+    """Make `client` refuse any response of more than `limit` bytes before it reads it.
+
+    The SuperNode's server states the length of every response; one that does not is refused, too.
+    """
+
+    def look(response: httpx.Response) -> None:
+        length = response.headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > limit:
+            raise Refused("message_too_large", f"The SuperNode answers with {length or 'unstated'} bytes.")
+
+    client._client.event_hooks = {"response": [look]}
+
+
+def announced(client: RuntimeHttpClient) -> Announcement:
+    """Start the task that `client` holds the token of, and read what it is about; its content stays where it is."""
+    task = client.PullTaskInput(PullTaskInputRequest())
+    # Flower's message classes read these when a reply is made.
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = (
+        task.task_id,
+        task.run.run_id,
+        task.context.node_id,
+    )
+    waiting = client.PullMessages(PullAppMessagesRequest())
+    if len(waiting.messages_list) != 1 or len(waiting.message_object_trees) != 1:
+        raise Refused("message_missing", "The SuperNode handed out a task without exactly one message.")
+    message, tree = message_from_proto(waiting.messages_list[0]), waiting.message_object_trees[0]
+    message.metadata.__dict__["_message_id"] = tree.object_id  # as Flower does: a message cannot hold its own id
+    return Announcement(task.fab.content, task.fab.hash_str, message, tree, context_from_proto(task.context))
+
+
+def fetch(client: RuntimeHttpClient, announcement: Announcement, limit: int) -> Message:
+    """Pull the announced message and unpack it.
+
+    Raises:
+        Refused: ``message_too_large``: more objects or bytes than `limit`, in what is sent or in what it would unpack to.
+            ``message_differs``: what was unpacked is not what was announced. ``message_type_not_allowed`` or
+            ``sender_not_allowed``.
+    """
+    ids = list(dict.fromkeys(each.object_id for each in iterate_object_tree(announcement.tree)))
+    check_size(len(ids), 0, limit)
+    contents = pull_objects(ids, _bounded(_pull(client, announcement), len(ids), limit))
+    check_size(len(ids), unpacked_bytes(contents), limit)
+    message = inflate_object_from_contents(announcement.tree.object_id, contents)
+    if not isinstance(message, Message) or not message.has_content():
+        raise Refused("message_differs", "What was announced as a message is none.")
+    # The app goes by what is inside, the announcement was outside; the other side wrote both.
+    inside, outside = message.metadata, announcement.message.metadata
+    check_kind(inside.message_type, inside.src_node_id, COORDINATOR)
+    if (inside.message_type, inside.run_id, inside.dst_node_id) != (
+        outside.message_type,
+        outside.run_id,
+        outside.dst_node_id,
+    ):
+        raise Refused("message_differs", "The message is of another type, run or node than was announced.")
+    inside.__dict__["_message_id"] = announcement.tree.object_id
+    return message
+
+
+def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:
+    """Tell the SuperNode that the message need not be kept, whether it was read or refused."""
+    make_confirm_message_received_fn_protobuf(
+        client.ConfirmMessageReceived, Node(node_id=announcement.context.node_id), announcement.context.run_id
+    )(announcement.tree.object_id)
+
+
+def unpacked_bytes(contents: Mapping[str, bytes]) -> int:
+    """Bytes that the arrays among `contents` (object id -> packed object) would have.
+
+    An array names its chunks by place and may name one many times, so that few bytes could unpack to any number.
+
+    Raises:
+        Refused: ``message_malformed``: an array is made of something else than chunks, or what is no chunk is larger than
+            any record's list of names.
+    """
+    heads = {key: get_object_head_values_from_object_content(value) for key, value in contents.items()}
+    if sum(len(contents[key]) for key, head in heads.items() if head[0] != _CHUNK) > _LARGEST_LISTS:
+        raise Refused("message_malformed", "The message holds lists of names or values larger than any task's.")
+    total = 0
+    for key, (kind, children, _) in heads.items():
+        if kind != _ARRAY:
+            continue
+        if any(heads[child][0] != _CHUNK for child in children):
+            raise Refused("message_malformed", "An array is made of something else than chunks.")
+        places = json.loads(get_object_body(contents[key], Array))["arraychunk_ids"]
+        total += sum(len(contents[children[place]]) for place in places)
+    return total
+
+
+def answer(client: RuntimeHttpClient, announcement: Announcement, content: RecordDict) -> None:
+    """Send the reply and end the task. The reply goes first: the end of the task ends its token."""
+    push_message(client, Message(content, reply_to=announcement.message), announcement.context)
+    # Without a context: nothing of this task stays in the SuperNode's memory.
+    push_task_output(client, None, SubStatus.COMPLETED, "")
+
+
+def give_up(client: RuntimeHttpClient, announcement: Announcement, code: str) -> None:
+    """Report that the task died, so that nobody waits for its heartbeat to run out; `code` is all that is told."""
+    push_message(
+        client,
+        Message(Error(ErrorCode.CLIENT_APP_CRASHED, code), reply_to=announcement.message),
+        announcement.context,
+    )
+    push_task_output(client, None, SubStatus.FAILED, code)
+
+
+def _pull(client: RuntimeHttpClient, announcement: Announcement) -> Callable[[str], bytes]:
+    context = announcement.context
+    return make_pull_object_fn_protobuf(client.PullObject, Node(node_id=context.node_id), context.run_id)
+
+
+def _bounded(pull: Callable[[str], bytes], objects: int, limit: int) -> Callable[[str], bytes]:
+    """`pull`, until the objects have more than `limit` bytes together; Flower calls it from several threads."""
+    lock, seen = threading.Lock(), 0
+
+    def bounded(object_id: str) -> bytes:
+        nonlocal seen
+        content = pull(object_id)
+        with lock:
+            seen += len(content)
+            check_size(objects, seen, limit)
+        return content
+
+    return bounded
