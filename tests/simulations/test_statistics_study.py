@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_the_server_adds_the_sums_and_fits_a_model_to_each(
         site = Site(root / name)
         content = RecordDict(
             {
-                "task": task_record(plan.digest, "moments", 1, "a"),
+                "task": task_record(plan.digest, "moments", 1, name),
                 PUBLIC["moments"]: to_record(weights[PUBLIC["moments"]]),
             }
         )
@@ -310,14 +311,34 @@ def test_the_same_statistic_under_another_plan_is_charged_again(
 def test_the_sum_of_a_large_cohort_is_sent_and_accepted(
     folder: Path, plan: StudyPlan, weights: dict[str, State], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights of such a norm would be a fault; the counts of a hundred thousand patients have it."""
+    """Weights of such a norm would be a fault; the sums of a hundred thousand declared patients have it."""
 
     def large(rows: torch.Tensor, *_: object) -> BlockResult:
-        return BlockResult({TOTAL: torch.full((rows.shape[1],), 1e5)}, {}, {})
+        return BlockResult({TOTAL: torch.full((rows.shape[1],), 1e5 / rows.shape[1] ** 0.5)}, {}, {})
 
     monkeypatch.setattr(client_rounds, "release_statistic", large)
-    statistics = plan.model_copy(update={"gan": plan.gan.model_copy(update={"rounds": 0})})
+    declared = [site.model_copy(update={"nominal_patients": 100_000}) for site in plan.sites]
+    statistics = plan.model_copy(update={"gan": plan.gan.model_copy(update={"rounds": 0}), "sites": declared})
     for name in NODES.values():
-        Site(folder / name).approve(statistics)
+        site = Site(folder / name)
+        save_policy(site.policy().model_copy(update={"declared_patients": 100_000}), site.policy_path)
+        site.approve(statistics)
     state = run_study(grid_of(folder), statistics, folder / "statistics", weights)
     assert float(state.weights["embedding"]["total"].norm()) > LARGEST_NORM
+
+
+def test_a_sum_that_the_declared_patients_cannot_make_is_refused_by_the_coordinator(
+    folder: Path, plan: StudyPlan, weights: dict[str, State], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = iter([True, False])
+
+    def poison(rows: torch.Tensor, *rest: Any) -> BlockResult:
+        size = 1e6 if next(poisoned, False) else 1.0
+        return BlockResult({TOTAL: torch.full((rows.shape[1],), size)}, {}, {})
+
+    monkeypatch.setattr(client_rounds, "release_statistic", poison)
+    alone = plan.model_copy(update={"gan": plan.gan.model_copy(update={"rounds": 0})})
+    for name in NODES.values():
+        Site(folder / name).approve(alone)
+    state = run_study(grid_of(folder), alone, folder / "poisoned", weights)
+    assert [row["site"] for row in state.curves["moments"]] == ["b"]
