@@ -13,6 +13,7 @@
 #   licenses.tsv            package, version, licence as the package declares it
 #   PLATFORM                the Python version and processor type that the wheels are for
 #   install.sh              installs from this folder
+#   containers/             builds container images from this folder
 #   SHA256SUMS              of all of these
 #
 # Settings, by environment:
@@ -67,6 +68,8 @@ mapfile -t node < <(grep -v '^#' "$here/node-requirements.txt")
 "$work/venv/bin/python" "$here/licenses.py" "$out/wheels" > "$out/licenses.tsv"
 "$python" -c 'import platform, sys; print("python%d.%d" % sys.version_info[:2], sys.platform, platform.machine())' > "$out/PLATFORM"
 install -m 0755 "$here/install.sh" "$out/install.sh"
+mkdir "$out/containers"
+install -m 0644 "$here"/../containers/Containerfile.* "$here/../containers/health.py" "$out/containers/"
 
 cd "$out"
 # shellcheck disable=SC2094 # SHA256SUMS is left out of its own list
