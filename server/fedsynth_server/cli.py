@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-study = typer.Typer(help="Write and check a study plan.", no_args_is_help=True)
+from fedsynth_server.coordinator.commands import add_commands
+
+study = typer.Typer(help="Write and check a study plan; run the study's coordinator.", no_args_is_help=True)
 release = typer.Typer(help="Make and verify releases.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -62,6 +64,9 @@ def check_plan(
     from fedsynth_server.forecast_command import show_forecast
 
     show_forecast(load_plan(plan), as_json, weights)
+
+
+add_commands(study)
 
 
 @release.command()

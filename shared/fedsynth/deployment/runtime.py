@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
@@ -83,8 +84,14 @@ def take_tasks(
 
 @contextmanager
 def heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
-    """Tell Flower that the task is alive while the block runs."""
-    sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    """Tell Flower that the task is alive while the block runs.
+
+    Flower's sender tries again by itself, and stops doing so when it is told to. A client that tries again, too, would keep
+    the block from ending for as long as the other side is away.
+    """
+    impatient = copy(client)
+    impatient._retry_invoker = None
+    sender = HeartbeatSender(make_task_heartbeat_fn_http(impatient))
     sender.start()
     try:
         yield
