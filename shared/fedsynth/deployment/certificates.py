@@ -224,7 +224,7 @@ def check_dates(certificate: x509.Certificate, label: str, now: datetime) -> Non
         raise Refused(
             "certificate_expired",
             f"The certificate {label} expired on {_minute(certificate.not_valid_after_utc)}; here it is {_minute(now)}.",
-            "Renew it with `fedsynth deploy renew`; if the date here is wrong, set the clock.",
+            "Who runs the server renews it with `fedsynth deploy renew`; if the date here is wrong, set the clock.",
         )
 
 
@@ -239,7 +239,7 @@ def check_soon(certificate: x509.Certificate, label: str, now: datetime) -> None
         raise Doubt(
             "certificate_expires_soon",
             f"The certificate {label} expires in {left.days} days, on {_day(certificate.not_valid_after_utc)}.",
-            "Renew it with `fedsynth deploy renew`.",
+            "Who runs the server renews it with `fedsynth deploy renew`.",
         )
 
 
