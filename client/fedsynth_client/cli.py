@@ -3,29 +3,70 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from fedsynth.deployment.checks import Line
 
 app = typer.Typer(help="Run a hospital's side: prepare data, set the policy, read the ledger.", no_args_is_help=True)
 
 SiteFolder = Annotated[Path, typer.Argument(help="The site's folder.")]
 PlanFile = Annotated[Path, typer.Argument(help="The study plan (TOML).")]
+Plan = Annotated[str, typer.Argument(help="The study plan: its file, or the digest of one that was shown here.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Only = Annotated[
+    Literal["node", "runner"] | None,
+    typer.Option(help="Run one part alone: node (network, no data) or runner (data, no network)."),
+]
+
+plan_app = typer.Typer(help="Look at study plans.", no_args_is_help=True)
+audit_app = typer.Typer(help="Check that everything the site holds agrees.", no_args_is_help=True)
+app.add_typer(plan_app, name="plan")
+app.add_typer(audit_app, name="audit")
 
 
 @app.command()
 def init(
     folder: SiteFolder,
-    name: Annotated[str, typer.Option(help="Name under which study plans know this site.")],
-    declared_patients: Annotated[int, typer.Option(help="Cohort size to make public: a rounded figure, not a count.")],
+    name: Annotated[str | None, typer.Option(help="Name under which study plans know this site.")] = None,
+    declared_patients: Annotated[
+        int | None, typer.Option(help="Cohort size to make public: a rounded figure, not a count.")
+    ] = None,
+    gateway: Annotated[
+        str | None, typer.Option(help="The coordinator's gateway, HOST:PORT: lay out the node, too.")
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="The authority that vouches for it, from the coordinator (PEM).")
+    ] = None,
+    runtime_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name under which the runner finds the node, if they run in two containers."),
+    ] = None,
 ) -> None:
-    """Lay out a site's folder with a policy that allows nothing until it is filled in."""
-    from fedsynth_client.setup import init_site
+    """Lay out a site's folder: a policy that allows nothing until it is filled in, and the node's settings and keys."""
+    from fedsynth.errors import UsageError
+    from fedsynth_client.setup import init_node, init_site
 
-    typer.echo(f"Wrote {init_site(folder, name, declared_patients)}: it allows nothing yet. Fill it in, then run")
-    typer.echo(f"  fedsynth site prepare PLAN SOURCES --out {folder / 'cohort'}")
-    typer.echo(f"  fedsynth site approve {folder} PLAN")
+    if (name is None) != (declared_patients is None) or (gateway is None) != (ca is None) or not (name or gateway):
+        raise UsageError(
+            "options_incomplete",
+            "A policy needs --name and --declared-patients, a node --gateway and --ca.",
+            "Give one of the two pairs, or both.",
+        )
+    if name is not None and declared_patients is not None:
+        typer.echo(f"Wrote {init_site(folder, name, declared_patients)}: it allows nothing yet. Fill it in, then run")
+        typer.echo(f"  fedsynth site prepare PLAN SOURCES --out {folder / 'cohort'}")
+        typer.echo(f"  fedsynth site plan show {folder} PLAN")
+        typer.echo(f"  fedsynth site approve {folder} PLAN")
+    if gateway is not None and ca is not None:
+        fingerprint = init_node(folder, gateway, ca, runtime_name or [])
+        typer.echo(f"Wrote {folder / 'node.toml'} and the node's keys. Send the coordinator")
+        typer.echo(f"  {folder / 'keys' / 'node.pub'}   (the public key; {fingerprint})")
+        typer.echo("and tell the fingerprint by another way, e.g. by telephone. Then run")
+        typer.echo(f"  fedsynth site check {folder}")
+        typer.echo(f"  fedsynth site start {folder}")
 
 
 @app.command()
@@ -42,19 +83,34 @@ def prepare(
     prepare_command(plan, sources, out, as_json, replace)
 
 
+@plan_app.command("show")
+def plan_show(folder: SiteFolder, plan: Plan) -> None:
+    """Show what a study plan asks of this site, and keep a copy, so that it can be approved by its digest."""
+    from fedsynth_client.setup import find_plan, plan_summary
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    asked = find_plan(site, plan)
+    typer.echo(plan_summary(asked, site.policy().site))
+    site.offer(asked)
+    if asked.digest in site.policy().approved_plans:
+        typer.echo("It is approved at this site.")
+    else:
+        typer.echo(f"To approve it: fedsynth site approve {folder} {asked.digest}")
+
+
 @app.command()
 def approve(
     folder: SiteFolder,
-    plan: PlanFile,
+    plan: Plan,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Approve a study plan by its digest, after showing what it asks for."""
-    from fedsynth.plan import load_plan
-    from fedsynth_client.setup import plan_summary
+    from fedsynth_client.setup import find_plan, plan_summary
     from fedsynth_client.site import Site
 
-    asked = load_plan(plan)
     site = Site(folder)
+    asked = find_plan(site, plan)
     typer.echo(plan_summary(asked, site.policy().site))
     if not yes:
         typer.confirm("Approve this plan for this site?", abort=True)
@@ -62,23 +118,139 @@ def approve(
     typer.echo(f"Approved {asked.digest}.")
 
 
+@app.command("dry-run")
+def dry_run_command(folder: SiteFolder, plan: Plan, as_json: AsJson = False) -> None:
+    """Show exactly which records would leave, and which arrive, if a plan ran; trains, spends and sends nothing."""
+    from fedsynth.cli import envelope
+    from fedsynth_client.dry_run import dry_run, render
+    from fedsynth_client.setup import find_plan
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    asked = find_plan(site, plan)
+    planned = dry_run(asked, site.policy().site)
+    if as_json:
+        envelope(planned.model_dump(mode="json"))
+    else:
+        typer.echo(render(planned, asked.name))
+
+
 @app.command()
 def check(
     folder: SiteFolder,
     plan: Annotated[Path | None, typer.Option(help="A study plan to check against the policy and the ledger.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Contact nobody.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Check policy, cohort, ledger and, with --plan, whether the plan could run here; spends nothing."""
-    from fedsynth.errors import ExitCode
+    """Check machine, files, policy, cohort, ledger and the way to the coordinator; spends nothing.
+
+    With --plan also whether that plan could run here.
+    """
     from fedsynth.plan import load_plan
-    from fedsynth_client.preflight import preflight
+    from fedsynth_client.node.doctor import site_lines
     from fedsynth_client.site import Site
 
-    lines = preflight(Site(folder), load_plan(plan) if plan else None)
-    for line in lines:
-        mark = typer.style("ok  ", fg="green") if line.ok else typer.style("FAIL", fg="red")
-        typer.echo(f"{mark} {line.what}" + (f"\n     {line.remedy}" if line.remedy else ""))
-    if not all(line.ok for line in lines):
+    _report(site_lines(Site(folder), load_plan(plan) if plan else None, offline), as_json)
+
+
+def _report(lines: list[Line], as_json: bool) -> None:
+    """Print checks; the command ends as refused when one of them failed."""
+    from dataclasses import asdict
+
+    from fedsynth.cli import envelope
+    from fedsynth.deployment.checks import show
+    from fedsynth.errors import ExitCode
+
+    passed = all(line.ok for line in lines)
+    if as_json:
+        envelope({"passed": passed, "checks": [asdict(line) for line in lines]})
+    else:
+        show(lines)
+    if not passed:
         raise typer.Exit(ExitCode.REFUSED)
+
+
+@app.command()
+def start(
+    folder: SiteFolder,
+    detach: Annotated[bool, typer.Option("--detach", help="Run in the background.")] = False,
+    only: Only = None,
+) -> None:
+    """Run the site's node (SuperNode and runner) until it is stopped; stays in the foreground."""
+    from fedsynth.deployment.supervisor import start_detached
+    from fedsynth_client.node import start as node
+
+    folder = folder.resolve()
+    if detach:
+        node.prepare(folder, only)
+        process = start_detached(folder, node.start_command(folder, only))
+        typer.echo(f"Started (process {process}). fedsynth site status {folder} shows how it does.")
+    else:
+        node.start(folder, only)
+
+
+@app.command()
+def status(
+    folder: SiteFolder,
+    offline: Annotated[bool, typer.Option("--offline", help="Do not ask the coordinator's gateway.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show whether the node runs, reaches the coordinator, and what it answered and sent last."""
+    from fedsynth.cli import envelope
+    from fedsynth.deployment.checks import show
+    from fedsynth.errors import ExitCode
+    from fedsynth_client.node.status import lines_of, node_status
+
+    found = node_status(folder, ask_coordinator=not offline)
+    if as_json:
+        envelope(found.model_dump(mode="json"))
+    else:
+        show(lines_of(found))
+    if not found.running:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command()
+def stop(folder: SiteFolder) -> None:
+    """Stop the site's node. A task in hand ends; its charge stands, and it runs again under it when asked again."""
+    from fedsynth.deployment import supervisor
+
+    supervisor.stop(folder)
+    typer.echo("Stopped.")
+
+
+@app.command()
+def sent(folder: SiteFolder, as_json: AsJson = False) -> None:
+    """Show what left this site: what, how large, with which digest, when, to whom."""
+    from fedsynth.cli import envelope
+    from fedsynth_client.sent import render
+    from fedsynth_client.sent import sent as sent_by
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    site.policy()  # a folder that is no site's must not get a ledger by being asked
+    found = sent_by(site)
+    if as_json:
+        envelope([each.model_dump(mode="json") for each in found])
+    else:
+        typer.echo(render(found))
+
+
+@audit_app.command("verify")
+def audit_verify(
+    folder: SiteFolder,
+    head: Annotated[
+        str | None, typer.Option(help="A ledger head that somebody else noted; it must be in the chain.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the whole ledger against plans, stored answers and policy; changes nothing."""
+    from fedsynth_client.audit import audit
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    site.policy()
+    _report(audit(site, head), as_json)
 
 
 @app.command()

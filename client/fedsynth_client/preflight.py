@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from fedsynth.budget import mechanism
+from fedsynth.deployment.checks import Doubt, Line, check
+from fedsynth.deployment.machine import disk
 from fedsynth.dp.accounting import PRV_LEAST_DELTA, epsilon
-from fedsynth.errors import FedsynthError, Refused
+from fedsynth.errors import Refused
 from fedsynth.plan import StudyPlan
+from fedsynth_client.account import account
 from fedsynth_client.cohort import load_cohort
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.policy import check_module, check_patients, check_plan
@@ -18,21 +20,12 @@ from fedsynth_client.site import Site
 _FREE_BYTES = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class Line:
-    """One check: whether it passed, what was found, what to do."""
-
-    ok: bool
-    what: str
-    remedy: str = ""
-
-
 def preflight(site: Site, plan: StudyPlan | None) -> list[Line]:
     """Check the site's folder and, when given, whether `plan` could run."""
     checks: list[Callable[[], str]] = [
         lambda: f"policy of site {site.policy().site}",
         lambda: _ledger(site),
-        lambda: _disk(site),
+        lambda: disk(site.folder, _FREE_BYTES),
     ]
     if plan is not None:
         checks += [
@@ -40,27 +33,47 @@ def preflight(site: Site, plan: StudyPlan | None) -> list[Line]:
             lambda: _cohort(site, plan),
             lambda: _budget(site, plan),
         ]
-    return [_line(check) for check in checks]
+    return [check(each) for each in checks]
 
 
-def _line(check: Callable[[], str]) -> Line:
-    try:
-        return Line(True, check())
-    except FedsynthError as error:
-        return Line(False, f"{error.message} [{error.code}]", error.hint)
+def approved_lines(site: Site) -> list[Line]:
+    """One line for each plan that the policy approves, and one for what is left of the budget.
+
+    Raises:
+        FedsynthError: the policy cannot be read; `preflight` says so in a line of its own.
+    """
+    approved = site.policy().approved_plans
+    if not approved:
+        return [
+            Line(
+                "warn",
+                "plans: none is approved, so nothing can run",
+                "fedsynth site plan show FOLDER FILE, then approve.",
+                "no_plan_approved",
+            )
+        ]
+    return [*(check(partial(_approved_digest, site, digest)) for digest in approved), check(lambda: _left(site))]
+
+
+def _approved_digest(site: Site, digest: str) -> str:
+    return _approved(site, site.plan(digest))
+
+
+def _left(site: Site) -> str:
+    current = account(site)
+    if current.left <= 0:
+        raise Doubt(
+            "budget_spent",
+            f"budget: nothing is left of epsilon {current.max_epsilon:g} (delta {current.delta:g})",
+            "What was released can still be sent; no further step can run.",
+        )
+    return f"budget: epsilon {current.left:.3f} of {current.max_epsilon:g} left at delta {current.delta:g}"
 
 
 def _ledger(site: Site) -> str:
     entries = site.ledger().entries()
     check_ledger_is_whole(site.ledger(), Outbox(site.folder))
     return f"ledger: {len(entries)} entries, chain intact"
-
-
-def _disk(site: Site) -> str:
-    free = shutil.disk_usage(site.folder).free
-    if free < _FREE_BYTES:
-        raise Refused("disk_low", f"Only {free / 2**30:.1f} GiB are free at {site.folder}.", "Free at least 2 GiB.")
-    return f"disk: {free / 2**30:.0f} GiB free"
 
 
 def _approved(site: Site, plan: StudyPlan) -> str:

@@ -184,7 +184,9 @@ def _task(content: RecordDict, module: Module, site: str) -> tuple[Task, str]:
     if named != module or not isinstance(number, int) or isinstance(number, bool):
         raise JobFailed("task_malformed", "The message's task does not fit its type.")
     if whose != site:
-        raise Refused("task_of_another_site", "The coordinator takes this node for another site: it registered its key so.")
+        raise Refused(
+            "task_of_another_site", "The coordinator takes this node for another site: it registered its key so."
+        )
     if not isinstance(head, str) or not re.fullmatch(r"[0-9a-f]{64}|", head):
         raise JobFailed("task_malformed", "The message's task names no ledger entry where it should.")
     return Task(study, module, number), head

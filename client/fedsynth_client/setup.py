@@ -1,12 +1,19 @@
-"""Setting up a site: its folder, its first policy, and a plan as a person reads it before approving."""
+"""Setting up a site: its folder, its first policy, its node, and a plan as a person reads it before approving."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.deployment.certificates import load_ca
+from fedsynth.deployment.keys import make_node_key, make_runtime_tls, make_secret
 from fedsynth.errors import UsageError
-from fedsynth.plan import StudyPlan
+from fedsynth.files import write_atomic
+from fedsynth.plan import StudyPlan, load_plan
+from fedsynth_client.node.settings import NodeSettings, ca_path, keys, save_settings, secret_path, settings_path
 from fedsynth_client.policy import SitePolicy
 from fedsynth_client.site import Site
 
@@ -49,9 +56,59 @@ def init_site(folder: Path, name: str, declared_patients: int) -> Path:
     if path.exists():
         raise UsageError("policy_exists", f"{path} is already there.", "Edit it, or choose another folder.")
     SitePolicy(site=name, declared_patients=declared_patients)  # refuses a name that no plan could hold
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     path.write_text(_POLICY.format(name=name, declared=declared_patients), encoding="utf-8")
     return path
+
+
+def init_node(folder: Path, gateway: str, ca: Path, runtime_names: list[str]) -> str:
+    """Write ``node.toml`` and the node's keys; returns the fingerprint of the public key, which the coordinator registers.
+
+    Args:
+        folder: the site's folder.
+        gateway: host:port of the coordinator's public door.
+        ca: the authority that vouches for it, as the coordinator handed it over (PEM).
+        runtime_names: names under which the runner finds the node, where they live in two containers.
+
+    Raises:
+        UsageError: ``node_settings_exist``, ``gateway_invalid``, ``certificate_missing``, ``not_a_ca``, ``key_exists``,
+            ``certificate_name_invalid``.
+    """
+    if settings_path(folder).exists():
+        raise UsageError("node_settings_exist", f"{settings_path(folder)} is already there.", "Edit it.")
+    try:
+        settings = NodeSettings(gateway=gateway)
+    except ValidationError:
+        raise UsageError(
+            "gateway_invalid", f"{gateway!r} is no host:port.", "For example study.example.org:8443."
+        ) from None
+    load_ca(ca)
+    _make_folder(folder)
+    keys(folder).mkdir(mode=0o700, exist_ok=True)
+    write_atomic(ca_path(folder, settings), ca.read_bytes())
+    fingerprint = make_node_key(keys(folder))
+    make_runtime_tls(keys(folder), runtime_names)
+    make_secret(secret_path(folder))
+    save_settings(settings, folder)  # last: a folder with settings has all its keys
+    return fingerprint
+
+
+def _make_folder(folder: Path) -> None:
+    """The site's folder; a new one is its owner's alone, one that was there keeps its permissions."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True, mode=0o700)
+
+
+def find_plan(site: Site, plan: str) -> StudyPlan:
+    """The plan that a person means by a file's path or by the digest of a plan that was offered here.
+
+    Raises:
+        UsageError: ``plan_not_offered``, ``plan_missing``, ``plan_not_toml`` or ``plan_invalid``.
+        Refused: ``plan_altered``.
+    """
+    if re.fullmatch(r"[0-9a-f]{64}", plan):
+        return site.offered(plan)
+    return load_plan(Path(plan))
 
 
 def plan_summary(plan: StudyPlan, site: str) -> str:

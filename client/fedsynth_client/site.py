@@ -4,13 +4,16 @@ Layout::
 
     policy.toml      what the hospital allows
     sources.toml     where its files are (may lie elsewhere)
-    plans/           plans that were approved here, one file a digest
+    plans/           plans that were approved here, one file a digest; plans/offered/: those that were only looked at
     cohort/          the prepared cohort
     ledger.sqlite    the privacy ledger
     training.lock    held by the one process that works on a task
     state/           local models (discriminator, optimiser moments); they never leave
     outbox/          stored replies, kept so that a lost one can be sent again
     site.log         what happened, with causes; stays at home
+    node.toml        where the coordinator is and which keys the node uses (`fedsynth_client.node.settings`)
+    keys/            node key, certificates, the secret between node and runner
+    run/, logs/      what the node's processes leave of themselves
 """
 
 from __future__ import annotations
@@ -77,6 +80,36 @@ class Site:
         if plan.digest not in policy.approved_plans:
             approved = [*policy.approved_plans, plan.digest]
             save_policy(policy.model_copy(update={"approved_plans": approved}), self.policy_path)
+
+    def offer(self, plan: StudyPlan) -> Path:
+        """Keep a copy of a plan that was looked at, so that it can be approved by its digest; returns the copy's path."""
+        path = self._offered(plan.digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_plan(plan, path)
+        return path
+
+    def offered(self, digest: str) -> StudyPlan:
+        """The plan of that digest which was looked at, or approved, here.
+
+        Raises:
+            UsageError: ``plan_not_offered``.
+            Refused: ``plan_altered``.
+        """
+        if (self.folder / "plans" / f"{digest}.toml").is_file():
+            return self.plan(digest)
+        if not self._offered(digest).is_file():
+            raise UsageError(
+                "plan_not_offered",
+                f"This site has seen no plan of digest {digest}.",
+                "Look at the plan's file first: fedsynth site plan show FOLDER FILE.",
+            )
+        plan = load_plan(self._offered(digest))
+        if plan.digest != digest:
+            raise Refused("plan_altered", f"{self._offered(digest)} was changed.", "Look at the plan's file again.")
+        return plan
+
+    def _offered(self, digest: str) -> Path:
+        return self.folder / "plans" / "offered" / f"{digest}.toml"
 
     def ledger(self) -> Ledger:
         """The ledger."""

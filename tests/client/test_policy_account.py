@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from fedsynth.budget import mechanism, planned_epsilon
+from fedsynth.deployment.checks import Line
 from fedsynth.errors import FedsynthError, Refused, UsageError
 from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.account import account, render
 from fedsynth_client.ledger import Limit, Task
 from fedsynth_client.outbox import Outbox
 from fedsynth_client.policy import SitePolicy, check_module, check_patients, check_plan, load_policy, save_policy
-from fedsynth_client.preflight import Line, preflight
+from fedsynth_client.preflight import preflight
 from fedsynth_client.setup import init_site, plan_summary
 from fedsynth_client.site import Site
 
@@ -34,7 +35,7 @@ def spend(site: Site, plan: StudyPlan, module: str = "autoencoder", rounds: int 
 
 def failed(lines: list[Line]) -> dict[str, str]:
     """code -> text of the checks that did not pass."""
-    return {line.what.rsplit("[", 1)[-1].rstrip("]"): line.what for line in lines if not line.ok}
+    return {line.code: line.what for line in lines if not line.ok}
 
 
 def test_a_policy_that_only_names_the_site_allows_nothing(tiny_plan: StudyPlan) -> None:

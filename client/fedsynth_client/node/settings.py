@@ -8,27 +8,17 @@ from typing import Annotated, Literal
 import tomli_w
 from pydantic import AfterValidator, Field
 
+from fedsynth.deployment.network import split_address
 from fedsynth.errors import UsageError
 from fedsynth.plan import Section
 from fedsynth.toml import load_toml
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` or ``[v6]:port``.
-
-    Raises:
-        ValueError: the text is not such an address.
-    """
-    host, colon, port = address.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    plain = not any(sign in bare for sign in "/@[] \t\r\n") and (":" not in bare or bare != host)
-    if not (colon and bare and plain and port.isascii() and port.isdecimal() and 1 <= int(port) <= 65535):
-        raise ValueError(f"{address!r} is no host:port")
-    return bare, int(port)
-
-
 def _address(value: str) -> str:
-    split_address(value)
+    try:
+        split_address(value)
+    except UsageError as error:  # pydantic gathers the faults of all keys, and knows them by this type
+        raise ValueError(error.message) from None
     return value
 
 

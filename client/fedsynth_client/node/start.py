@@ -6,7 +6,6 @@ and the runner's, which holds the data and reaches nothing but the node.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Literal
 from fedsynth.deployment import keys as key_files
 from fedsynth.deployment.certificates import check_certificate, load_ca
 from fedsynth.deployment.checks import Line, check
+from fedsynth.deployment.network import split_address
 from fedsynth.deployment.supervisor import Child, flower_environment, script, supervise
 from fedsynth.errors import Refused
 from fedsynth_client.node.settings import (
@@ -25,7 +25,6 @@ from fedsynth_client.node.settings import (
     load_settings,
     runtime_ca_path,
     secret_path,
-    split_address,
 )
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.site import Site
@@ -173,21 +172,3 @@ def _without(environment: dict[str, str], names: tuple[str, ...]) -> dict[str, s
 def start_command(folder: Path, only: Part | None = None) -> list[str]:
     """The command that runs `start` in a process of its own."""
     return [*script("fedsynth", "site", "start", str(folder)), *(("--only", only) if only else ())]
-
-
-def folder_is_private(folder: Path) -> str:
-    """Check that no other account can look into the site's folder.
-
-    Raises:
-        Refused: ``folder_open_to_others``.
-    """
-    mode = folder.stat().st_mode
-    if mode & 0o077:
-        raise Refused(
-            "folder_open_to_others",
-            f"Group or others may look into {folder} (mode {mode & 0o777:04o}).",
-            f"chmod 700 {folder}",
-        )
-    if folder.stat().st_uid != os.geteuid() and os.geteuid() != 0:
-        raise Refused("folder_of_other_owner", f"{folder} belongs to another account.", "Run this as that account.")
-    return "folder: private"
