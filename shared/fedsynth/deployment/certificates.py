@@ -87,7 +87,7 @@ def make_server_certificate(
             f"A server certificate is valid for 1 to {LONGEST_SERVER_DAYS} days, not {days}.",
         )
     ca = _parse_certificates(ca_cert, "the authority's certificate", "ca_unreadable")[0]
-    if not _is_ca(ca):
+    if not is_ca(ca):
         raise UsageError("not_a_ca", "The authority's certificate is not one of an authority.")
     signer = _parse_key(ca_key, "the authority's private key")
     if _public_bytes(signer.public_key()) != _public_bytes(ca.public_key()):
@@ -136,7 +136,7 @@ def load_ca(path: Path) -> list[x509.Certificate]:
             server's.
     """
     found = load_certificates(path)
-    if not all(_is_ca(certificate) for certificate in found):
+    if not all(is_ca(certificate) for certificate in found):
         raise UsageError(
             "not_a_ca", f"{path} holds a server's certificate.", "Put the authority's certificate (ca.crt) there."
         )
@@ -160,6 +160,14 @@ def names_of(certificate: x509.Certificate) -> list[str]:
         return []
     addresses = [str(address) for address in found.get_values_for_type(x509.IPAddress)]
     return [*found.get_values_for_type(x509.DNSName), *addresses]
+
+
+def is_ca(certificate: x509.Certificate) -> bool:
+    """Whether a certificate may vouch for others."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
 
 
 def check_certificate(cert_path: Path, key_path: Path, ca_path: Path, name: str) -> str:
@@ -281,7 +289,7 @@ def _anchor(
                 f"here it is {_minute(now)}.",
                 "Change to a new authority; if the date here is wrong, set the clock.",
             )
-        between = [other for other in others if _is_ca(other) and _issued(current, other)]
+        between = [other for other in others if is_ca(other) and _issued(current, other)]
         if not between:
             break
         current = between[0]
@@ -299,13 +307,6 @@ def _issued(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
     except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
-
-
-def _is_ca(certificate: x509.Certificate) -> bool:
-    try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except x509.ExtensionNotFound:
-        return False
 
 
 def _builder(

@@ -29,7 +29,7 @@ from fedsynth.files import write_atomic
 _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _SECRET_BYTES = 32
 _LEAST_SECRET_BYTES = 16
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def write_private(path: Path, content: bytes, replace: bool = False) -> None:
@@ -207,7 +207,7 @@ def make_runtime_tls(folder: Path, extra_names: Sequence[str] = (), replace: boo
     """
     # One day more than the certificate, which may not outlive its authority.
     ca_cert, ca_key = make_ca("fedsynth local runtime", LONGEST_SERVER_DAYS + 1)
-    certificate, key = make_server_certificate(ca_cert, ca_key, [*_LOCAL_NAMES, *extra_names], LONGEST_SERVER_DAYS)
+    certificate, key = make_server_certificate(ca_cert, ca_key, [*LOCAL_NAMES, *extra_names], LONGEST_SERVER_DAYS)
     write_private(folder / "runtime.key", key, replace)
     write_atomic(folder / "runtime.crt", certificate)
     write_atomic(folder / "runtime-ca.crt", ca_cert)
@@ -221,7 +221,7 @@ def renew_runtime_tls(folder: Path, extra_names: Sequence[str] = ()) -> bool:
     Raises:
         UsageError: ``certificate_name_invalid``.
     """
-    names = [*_LOCAL_NAMES, *extra_names]
+    names = [*LOCAL_NAMES, *extra_names]
     paths = folder / "runtime.crt", folder / "runtime.key", folder / "runtime-ca.crt"
     try:
         for name in names:
