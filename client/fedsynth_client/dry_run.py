@@ -96,7 +96,7 @@ def dry_run(plan: StudyPlan, site: str) -> DryRun:
 
 def task_bytes(plan: StudyPlan, module: Module) -> int:
     """Bytes of the records of one task of `module`."""
-    return sum(record.bytes for record in _arrives(plan, module, ""))
+    return sum(record.bytes for record in _arrives(plan, module, plan.sites[0].name))
 
 
 def incoming(plan: StudyPlan, module: Module) -> dict[str, State]:

@@ -18,7 +18,7 @@ _MODULE_OF: dict[str, Module] = {message_type: module for module, message_type i
 ADMITTED_TYPES = frozenset(_MODULE_OF) | {QUERY_SITE}
 # Up to here a message is unpacked whatever it is, so that a refusal can name its true cause; beyond, only as large as an
 # approved plan's tasks are.
-_ALWAYS_BYTES = 64 * 2**20
+ALWAYS_BYTES = 64 * 2**20
 _MARGIN = 2.0
 # Objects in a message: records, arrays and their chunks.
 LARGEST_TREE = 50_000
@@ -70,8 +70,8 @@ def size_limit(site: Site, message_type: str) -> int:
     """Bytes that a message of that type may have: what an approved plan's task has, with a margin."""
     module = _MODULE_OF.get(message_type)
     if module is None:
-        return _ALWAYS_BYTES
-    return max([_ALWAYS_BYTES, *(int(_MARGIN * size) for size in _approved_sizes(site, module))])
+        return ALWAYS_BYTES
+    return max([ALWAYS_BYTES, *(int(_MARGIN * size) for size in _approved_sizes(site, module))])
 
 
 def _approved_sizes(site: Site, module: Module) -> Iterator[int]:

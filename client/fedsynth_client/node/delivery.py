@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
@@ -31,7 +32,11 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
@@ -40,9 +45,11 @@ from fedsynth.errors import Refused
 from fedsynth_client.node.admission import check_kind, check_size
 
 COORDINATOR = SUPERLINK_NODE_ID
+MessageLost = ObjectPullError
 _ARRAY, _CHUNK = Array.__qualname__, ArrayChunk.__qualname__
 # Everything of a message that is not an array's data: names of records and arrays, and the task itself.
 _LARGEST_LISTS = 16 * 2**20
+_DRAIN_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -100,31 +107,51 @@ def fetch(client: RuntimeHttpClient, announcement: Announcement, limit: int) -> 
 
     Raises:
         Refused: ``message_too_large``: more objects or bytes than `limit`, in what is sent or in what it would unpack to.
-            ``message_differs``: what was unpacked is not what was announced. ``message_type_not_allowed`` or
-            ``sender_not_allowed``.
+            ``message_malformed``: it cannot be unpacked. ``message_differs``: what was unpacked is not what was announced.
+            ``message_type_not_allowed`` or ``sender_not_allowed``.
+        ObjectPullError: the SuperNode has lost the message, e.g. because the way to the coordinator broke.
     """
-    ids = list(dict.fromkeys(each.object_id for each in iterate_object_tree(announcement.tree)))
+    ids = _object_ids(announcement)
     check_size(len(ids), 0, limit)
     contents = pull_objects(ids, _bounded(_pull(client, announcement), len(ids), limit))
-    check_size(len(ids), unpacked_bytes(contents), limit)
-    message = inflate_object_from_contents(announcement.tree.object_id, contents)
+    try:
+        check_size(len(ids), unpacked_bytes(contents), limit)
+        message = inflate_object_from_contents(announcement.tree.object_id, contents)
+    except Refused:
+        raise
+    except Exception as error:
+        # Whatever Flower trips over in bytes that the other side wrote; the text may quote them.
+        raise Refused("message_malformed", f"The message cannot be unpacked ({type(error).__name__}).") from error
     if not isinstance(message, Message) or not message.has_content():
-        raise Refused("message_differs", "What was announced as a message is none.")
+        raise Refused("message_malformed", "What was announced as a message is none, or is empty.")
     # The app goes by what is inside, the announcement was outside; the other side wrote both.
     inside, outside = message.metadata, announcement.message.metadata
     check_kind(inside.message_type, inside.src_node_id, COORDINATOR)
-    if (inside.message_type, inside.run_id, inside.dst_node_id) != (
-        outside.message_type,
-        outside.run_id,
-        outside.dst_node_id,
-    ):
+    announced_as = (outside.message_type, outside.run_id, outside.dst_node_id)
+    if (inside.message_type, inside.run_id, inside.dst_node_id) != announced_as:
         raise Refused("message_differs", "The message is of another type, run or node than was announced.")
     inside.__dict__["_message_id"] = announcement.tree.object_id
     return message
 
 
+def drain(client: RuntimeHttpClient, announcement: Announcement) -> None:
+    """Wait until the SuperNode holds all of a refused message; nothing of it is kept.
+
+    A task is handed out as soon as its message is announced. To discard it while the SuperNode is still receiving would
+    break that off, and the refusal would never be sent.
+    """
+    pull = _pull(client, announcement)
+
+    def seen(object_id: str) -> bytes:
+        with suppress(Refused):  # too large to be read, hence there
+            pull(object_id)
+        return b""
+
+    pull_objects(_object_ids(announcement), seen, max_time=_DRAIN_SECONDS)
+
+
 def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:
-    """Tell the SuperNode that the message need not be kept, whether it was read or refused."""
+    """Tell the SuperNode that the message need not be kept any more; all of it must have been pulled or drained."""
     make_confirm_message_received_fn_protobuf(
         client.ConfirmMessageReceived, Node(node_id=announcement.context.node_id), announcement.context.run_id
     )(announcement.tree.object_id)
@@ -168,6 +195,10 @@ def give_up(client: RuntimeHttpClient, announcement: Announcement, code: str) ->
         announcement.context,
     )
     push_task_output(client, None, SubStatus.FAILED, code)
+
+
+def _object_ids(announcement: Announcement) -> list[str]:
+    return list(dict.fromkeys(each.object_id for each in iterate_object_tree(announcement.tree)))
 
 
 def _pull(client: RuntimeHttpClient, announcement: Announcement) -> Callable[[str], bytes]:

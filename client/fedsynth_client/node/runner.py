@@ -34,7 +34,7 @@ from fedsynth.progress import say
 from fedsynth.records import refusal
 from fedsynth_client.app import make_app
 from fedsynth_client.node import delivery
-from fedsynth_client.node.admission import check_bundle, check_kind, size_limit
+from fedsynth_client.node.admission import ALWAYS_BYTES, check_bundle, check_kind, size_limit
 from fedsynth_client.node.environment import check_environment
 from fedsynth_client.node.settings import load_settings, runtime_ca_path, secret_path
 from fedsynth_client.site import Site
@@ -78,6 +78,7 @@ class Runner:
         self.busy, started, what, outcome = True, time.monotonic(), "task", "stopped"
         try:
             with self.door.task_client(token, _TASK_TYPE) as client, heartbeat(client):
+                delivery.bound_responses(client, ALWAYS_BYTES + _RESPONSE_MARGIN)
                 announcement = delivery.announced(client)
                 what = _what(announcement)
                 try:
@@ -85,6 +86,12 @@ class Runner:
                 except SystemExit:
                     delivery.give_up(client, announcement, "site_stopped")
                     raise
+                except (RunNotRunningException, delivery.MessageLost, httpx.HTTPError):
+                    raise
+                except Exception:
+                    outcome = "internal_error"
+                    self.site.log.exception("%s failed", what)
+                    delivery.answer(client, announcement, refusal(outcome))
         except RunNotRunningException:
             outcome = "run_ended"
             self.site.log.info("%s: the coordinator ended the run; the answer stays stored", what)
@@ -99,15 +106,10 @@ class Runner:
         """Admit or refuse, answer, and end the task; returns the refusal's code or ``answered``."""
         try:
             message = self._admit(client, announcement)
-        except RunNotRunningException:
-            raise
         except Refused as error:
-            self.site.log.warning("%s refused: %s", _what(announcement), error)
+            self.site.log.warning("%s refused: %s", _what(announcement), error, exc_info=error.__cause__)
             content = refusal(error.code)
-        except Exception:
-            # What cannot be unpacked is the other side's doing, and gets an answer, too.
-            self.site.log.exception("%s refused: it could not be unpacked", _what(announcement))
-            content = refusal("message_malformed")
+            delivery.drain(client, announcement)
         else:
             content = self._app(message, announcement.context).content
         delivery.discard(client, announcement)
@@ -151,6 +153,8 @@ def _what(announcement: delivery.Announcement) -> str:
 def _code(error: Exception) -> str:
     if isinstance(error, FedsynthError):
         return error.code
+    if isinstance(error, delivery.MessageLost):
+        return "message_lost"
     lost = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
     return "task_lost" if lost else "internal_error"
 

@@ -63,7 +63,7 @@ def _answer(line: Line) -> Answer:
 def lines_of(status: NodeStatus) -> list[Line]:
     """The status as a person reads it."""
     lines = [_supervisor(status.supervisor)]
-    for child in status.supervisor.children if status.supervisor is not None else []:
+    for child in status.supervisor.children if status.supervisor is not None and status.running else []:
         what = f"{child.name}: {child.state}" + (f", process {child.pid}" if child.pid else "")
         if child.restarts:
             what += f", started again {child.restarts} times (last exit code {child.exit_code})"
