@@ -179,9 +179,12 @@ def open_control(study: Study) -> Iterator[Control]:
         verify=trust,
         timeout=_TIMEOUT_SECONDS,
     )
-    # Flower's client takes a proxy from the environment, where a hospital or university often has one.
+    # Flower's client takes a proxy from the environment, where a hospital or university often has one; and it keeps its
+    # connections, for whose end SuperLink would wait half a minute when it is told to stop.
     client._client.close()
-    client._client = httpx.Client(verify=trust, timeout=_TIMEOUT_SECONDS, trust_env=False)
+    client._client = httpx.Client(
+        verify=trust, timeout=_TIMEOUT_SECONDS, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+    )
     try:
         yield Control(client)
     finally:

@@ -103,9 +103,12 @@ http {{
             if ($request_uri !~ "{fleet}") {{ return 404; }}
             proxy_pass https://superlink;
         }}
+        location = /v1/fleet {{  # nginx would answer with a redirect
+            return 404;
+        }}
         location = /health {{
+            if ($request_method !~ "^(GET|HEAD)$") {{ return 404; }}
             if ($request_uri != "/health") {{ return 404; }}
-            limit_except GET {{ deny all; }}
             proxy_pass https://superlink;
         }}
         location / {{

@@ -22,6 +22,7 @@ class SiteView(BaseModel):
     Attributes:
         name: its name.
         fingerprint: of its key; None while it was not added.
+        revoked: whether it was added, and its key revoked since.
         registered: whether SuperLink knows its key; None while SuperLink does not answer.
         online: whether it is connected; None while SuperLink does not answer.
         last_seen: when it last connected or left.
@@ -30,6 +31,7 @@ class SiteView(BaseModel):
 
     name: str
     fingerprint: str | None = None
+    revoked: bool = False
     registered: bool | None = None
     online: bool | None = None
     last_seen: datetime | None = None
@@ -159,6 +161,7 @@ def _site(name: str, status: StudyStatus | None, registry: Registry, known: dict
     return SiteView(
         name=name,
         fingerprint=record.fingerprint if record is not None else None,
+        revoked=record is None and any(each.name == name for each in registry.sites),
         registered=None if known is None else node is not None,
         online=None if known is None else node is not None and node.online,
         last_seen=node.last_seen if node is not None else None,
@@ -183,8 +186,10 @@ def advice(view: Overview, folder: object) -> list[str]:
         found.append("SuperLink does not answer: it is starting, or logs/superlink.log says why not.")
     found += [f"{p.name} was started again {p.restarts} times: logs/{p.name}.log" for p in view.processes if p.restarts]
     for site in view.sites:
-        if site.fingerprint is None:
+        if site.fingerprint is None and not site.revoked:
             found.append(f"{site.name} is not added: fedsynth study add-site {folder} KEY.pub --name {site.name}")
+        elif site.revoked:
+            found.append(f"{site.name}'s key is revoked; with a new one it can be added anew")
         elif site.registered is False and view.superlink:
             found.append(f"{site.name} is added and will be registered within seconds")
         elif site.online is False and view.superlink:
@@ -226,7 +231,7 @@ def _process(process: ProcessView) -> str:
 
 def _site_line(site: SiteView) -> str:
     if site.fingerprint is None:
-        return "not added"
+        return "revoked" if site.revoked else "not added"
     presence = {None: "added", True: "connected", False: "not connected"}[site.online]
     if site.registered is False:
         presence = "added, not registered yet"

@@ -189,6 +189,7 @@ def main(folder: Path) -> int:
     """Take runs until SIGTERM; returns the process's exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a question for work
+    logging.getLogger("flwr").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _stop)
     study = Study(folder.absolute())
     try:

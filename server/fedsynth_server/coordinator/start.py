@@ -32,9 +32,9 @@ from fedsynth_server.status import FILE as STATUS
 from fedsynth_server.status import StatusFile, read_status
 
 _LOOK_SECONDS = 3.0  # between two looks at SuperLink while there is something to do
-_CALM_LOOK_SECONDS = 10.0  # while a run is under way
+_CALM_LOOK_SECONDS = 5.0  # while a run is under way
 _RECONCILE_SECONDS = 120.0  # between two comparisons of registrations when sites.json does not change
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 5.0, 300.0  # before the next run, after one that did not get anywhere
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 300.0  # before the next run, after one that did not get anywhere
 _LAST_REPORT_SECONDS = 15.0  # that the runner has to report the end of its run
 _UNUSABLE = 78  # exit code of the runner: `fedsynth_server.coordinator.runner.UNUSABLE`
 _UP_SECONDS = 90.0
