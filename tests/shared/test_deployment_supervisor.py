@@ -299,6 +299,34 @@ def test_a_large_log_is_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert log.with_name("worker.log.1").read_text() == "what came before"
 
 
+def test_a_log_stays_small_while_its_process_runs_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_LOG_BYTES", 2000)
+    log = tmp_path / "logs" / "worker.log"
+    code = (
+        "import time\n"
+        "for number in range(1000):\n    print(f'{number:04d} ' + 'x' * 95, flush=True); time.sleep(0.001)\n"
+        "print('the end', flush=True); time.sleep(60)"
+    )
+    supervise(tmp_path, [child("worker", code)], until(lambda: log.is_file() and b"the end" in log.read_bytes()))
+    turned = log.with_name("worker.log.1")
+    assert log.stat().st_size + turned.stat().st_size < 60_000  # of 101,000 bytes that were written
+    assert b"\0" not in log.read_bytes()  # it was appended to, not written to at an old place
+    assert stat.S_IMODE(turned.stat().st_mode) == stat.S_IMODE(log.stat().st_mode) == 0o600
+
+
+def test_a_log_on_a_full_disk_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(supervisor, "_LOG_BYTES", 10)
+    monkeypatch.setattr(supervisor.shutil, "copyfileobj", full)
+    log = tmp_path / "logs" / "worker.log"
+    log.parent.mkdir()
+    log.write_text("what came before")
+    supervise(tmp_path, [child("worker", ENDURES)], until(lambda: b"here" in log.read_bytes()))
+    assert log.read_text() == "here\n" and not log.with_name("worker.log.1").exists()
+
+
 def test_no_switch_of_flower_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     monkeypatch.setenv("FLWR_SOMETHING_NEW", "1")

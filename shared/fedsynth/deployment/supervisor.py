@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,8 @@ def supervise(folder: Path, children: Sequence[Child], tick: Callable[[], bool] 
                 while not stop.seen and tick():
                     for each in running:
                         _keep(each)
+                        _shorten(logs / f"{each.child.name}.log")
+                        _turn_log(Path(each.log.name))
                     _write(folder, "running", since, running)
                     time.sleep(_TICK_SECONDS)
                 state = "stopped"
@@ -274,6 +277,7 @@ def _end_leftovers(folder: Path) -> None:
                 _say(f"{child.name} of an earlier start still runs; ending it")
                 process.terminate()
                 process.wait(_LEFTOVER_SECONDS)
+                _end_group(child.pid)
         except psutil.NoSuchProcess:
             continue
         except psutil.TimeoutExpired:
@@ -374,10 +378,48 @@ def _run(folder: Path) -> Path:
 
 
 def _open_log(path: Path) -> BinaryIO:
-    """A log to append to, for its owner's eyes; one that grew large is set aside under ``.1`` first."""
-    if path.is_file() and path.stat().st_size > _LOG_BYTES:
-        path.replace(path.with_name(f"{path.name}.1"))
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0)
+    """A log to append to, for its owner's eyes."""
+    _turn_log(path)
+    return open(path, "ab", buffering=0, opener=_private)
+
+
+def _turn_log(path: Path) -> None:
+    """Put the content of a log that grew large under ``.1``, in place of what was there.
+
+    The file itself stays, as the process that writes to it has it open; it only appends, so it goes on at the new end.
+    """
+    if not path.is_file() or path.stat().st_size <= _LOG_BYTES:
+        return
+    before = path.with_name(f"{path.name}.1")
+    before.unlink(missing_ok=True)
+    try:
+        with path.open("rb") as source, open(before, "wb", opener=_private) as sink:
+            shutil.copyfileobj(source, sink)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        before.unlink(missing_ok=True)  # on a full disk an old log is worth less than room
+    os.truncate(path, 0)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _shorten(path: Path) -> None:
+    """Set what a process wrote aside under ``.1`` when it grew large, and let it go on at the beginning of the same file.
+
+    The process holds the file open for appending, so it needs not be told; a line written in between is lost.
+    """
+    try:
+        if path.stat().st_size > _LOG_BYTES:
+            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
+            os.truncate(path, 0)
+    except FileNotFoundError:
+        return  # somebody removed it; the process writes on into what has no name
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
 
 
 class _Signals:
