@@ -160,7 +160,6 @@ def supervise(folder: Path, children: Sequence[Child], tick: Callable[[], bool] 
                 while not stop.seen and tick():
                     for each in running:
                         _keep(each)
-                        _shorten(logs / f"{each.child.name}.log")
                         _turn_log(Path(each.log.name))
                     _write(folder, "running", since, running)
                     time.sleep(_TICK_SECONDS)
@@ -404,22 +403,6 @@ def _turn_log(path: Path) -> None:
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
-
-
-def _shorten(path: Path) -> None:
-    """Set what a process wrote aside under ``.1`` when it grew large, and let it go on at the beginning of the same file.
-
-    The process holds the file open for appending, so it needs not be told; a line written in between is lost.
-    """
-    try:
-        if path.stat().st_size > _LOG_BYTES:
-            shutil.copyfile(path, path.with_name(f"{path.name}.1"))
-            os.truncate(path, 0)
-    except FileNotFoundError:
-        return  # somebody removed it; the process writes on into what has no name
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
 
 
 class _Signals:
