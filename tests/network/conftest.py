@@ -1,0 +1,78 @@
+"""Federations of real processes: see `federation.Federation` for how to use them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsynth.plan import StudyPlan
+
+# Tests are imported without a package (--import-mode=importlib), so their neighbour is put where `import` finds it.
+_spec = importlib.util.spec_from_file_location("federation", Path(__file__).with_name("federation.py"))
+assert _spec is not None and _spec.loader is not None
+_module = importlib.util.module_from_spec(_spec)
+sys.modules["federation"] = _module
+_spec.loader.exec_module(_module)
+
+from federation import Federation  # noqa: E402
+
+SITES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="session")
+def network_plan(tiny_plan: StudyPlan) -> Callable[..., StudyPlan]:
+    """The tiny plan for three sites, two of which are enough; rounds by module and parts of any section can be changed."""
+
+    def make(rounds: dict[str, int] | None = None, **sections: dict[str, Any]) -> StudyPlan:
+        plan = tiny_plan.model_dump(mode="json", exclude_none=True)
+        plan["sites"] = [{"name": name, "nominal_patients": 40} for name in SITES]
+        plan["aggregation"] = {**plan["aggregation"], "min_sites": 2, "round_timeout_s": 20.0}
+        for module, count in (rounds or {}).items():
+            plan[module]["rounds"] = count
+        for name, changes in sections.items():
+            plan[name] = {**plan[name], **changes}
+        return StudyPlan.model_validate(plan)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cohorts(_tiny_template: Path) -> dict[str, Path]:
+    """A prepared cohort a site; nothing here looks at whose patients they are, so c has those of b."""
+    return {
+        "a": _tiny_template / "a" / "cohort",
+        "b": _tiny_template / "b" / "cohort",
+        "c": _tiny_template / "b" / "cohort",
+    }
+
+
+@pytest.fixture(scope="session")
+def new_federation(
+    tmp_path_factory: pytest.TempPathFactory, cohorts: dict[str, Path]
+) -> Iterator[Callable[..., Federation]]:
+    """Lay out a federation (nothing runs yet); whatever it starts is ended when the tests are over.
+
+    Without nginx, the gateway, its tests are skipped; where FEDSYNTH_REQUIRE_NETWORK is set, they fail.
+    """
+    made: list[Federation] = []
+
+    def make(plan: StudyPlan, **study_settings: float) -> Federation:
+        if shutil.which("nginx") is None:
+            if os.environ.get("FEDSYNTH_REQUIRE_NETWORK"):
+                pytest.fail("nginx, the gateway, is not installed, and FEDSYNTH_REQUIRE_NETWORK is set")
+            pytest.skip("nginx, the gateway, is not installed")
+        federation = Federation(tmp_path_factory.mktemp("federation"), plan)
+        made.append(federation)
+        federation.lay_out(cohorts, **study_settings)
+        return federation
+
+    yield make
+    for federation in made:
+        federation.close()
