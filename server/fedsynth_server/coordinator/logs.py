@@ -37,18 +37,17 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def follow(paths: list[Path], stopped: Callable[[], bool], poll_seconds: float = 0.5) -> Iterator[tuple[Path, str]]:
-    """New lines of logs as they are written, whole lines only, until `stopped()`; goes on with a log that was set aside."""
-    places = {path: (path.stat().st_ino, path.stat().st_size) for path in paths}
+    """New lines of logs as they are written, whole lines only, until `stopped()`."""
+    places = {path: path.stat().st_size for path in paths}
     rest = dict.fromkeys(paths, b"")
     while not stopped():
         for path in paths:
             try:
                 with path.open("rb") as stream:
-                    inode = os.fstat(stream.fileno()).st_ino
-                    before, position = places[path]
-                    stream.seek(position if inode == before else 0)
+                    # The supervisor empties a log that grew large.
+                    places[path] = stream.seek(places[path] if places[path] <= os.fstat(stream.fileno()).st_size else 0)
                     text = rest[path] + stream.read()
-                    places[path] = (inode, stream.tell())
+                    places[path] = stream.tell()
             except FileNotFoundError:
                 continue
             *lines, rest[path] = text.split(b"\n")
