@@ -215,10 +215,13 @@ def run_supervised(study: Study) -> None:
         UsageError: ``already_running``.
         JobFailed: the study's own code (see status.json), ``child_gave_up``.
     """
-    os.umask(0o077)  # SuperLink's state and everybody's logs are for the owner's eyes
-    _begin(study)
-    with open_control(study) as control:
-        supervise(study.folder, children(study), Conductor(study, control))
+    earlier = os.umask(0o077)  # SuperLink's state and everybody's logs are for the owner's eyes
+    try:
+        _begin(study)
+        with open_control(study) as control:
+            supervise(study.folder, children(study), Conductor(study, control))
+    finally:
+        os.umask(earlier)
     status = read_status(study.folder)
     if status is not None and status.phase == "failed":
         raise JobFailed(status.code, status.message, "Mend the cause; `fedsynth study start` goes on from there.")
