@@ -63,13 +63,15 @@ def new_federation(
     """
     made: list[Federation] = []
 
-    def make(plan: StudyPlan, **study_settings: float) -> Federation:
+    def make(plan: StudyPlan, small_disks: dict[str, int] | None = None, **study_settings: float) -> Federation:
         if shutil.which("nginx") is None:
             if os.environ.get("FEDSYNTH_REQUIRE_NETWORK"):
                 pytest.fail("nginx, the gateway, is not installed, and FEDSYNTH_REQUIRE_NETWORK is set")
             pytest.skip("nginx, the gateway, is not installed")
         federation = Federation(tmp_path_factory.mktemp("federation"), plan)
         made.append(federation)
+        for whose, mebibytes in (small_disks or {}).items():
+            federation.small_disk(whose, mebibytes)
         federation.lay_out(cohorts, **study_settings)
         return federation
 

@@ -30,7 +30,8 @@ import socket
 import subprocess
 import time
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,15 @@ class Federation:
     Attributes:
         root: everything lies below it.
         plan: the study plan.
+        environment: further variables for every process.
+        mounted: folders that are small disks of their own (`small_disk`).
         started: the commands that stay (`fedsynth study start`, `fedsynth site start`), by whom; the newest of each.
     """
 
     root: Path
     plan: StudyPlan
     environment: Mapping[str, str] = field(default_factory=dict)
+    mounted: list[Path] = field(default_factory=list)
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -146,6 +150,34 @@ class Federation:
         shutil.copytree(cohort, folder / "cohort")
         self.type("site", "plan", "show", folder, plan_path)
         self.type("site", "approve", folder, self.plan.digest, "--yes")
+
+    def small_disk(self, whose: str, mebibytes: int) -> bool:
+        """Give a folder that is not laid out yet a disk of its own, in memory; returns whether this user may mount one."""
+        folder = self.folder(whose)
+        folder.mkdir(parents=True, mode=0o700)
+        options = f"size={mebibytes}m,mode=0700"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if done.returncode == 0:
+            self.mounted.append(folder)
+        return done.returncode == 0
+
+    @contextmanager
+    def full_disk(self, whose: str) -> Iterator[None]:
+        """Fill a small disk to its last byte while the block runs."""
+        ballast = self.folder(whose) / "ballast"
+        with ballast.open("wb", buffering=0) as stream:
+            with suppress(OSError):  # until there is no room
+                while True:
+                    stream.write(bytes(2**20))
+            with suppress(OSError):
+                while True:
+                    stream.write(bytes(512))
+        try:
+            yield
+        finally:
+            ballast.unlink()
 
     @staticmethod
     def edit(path: Path, **changes: Any) -> None:
@@ -343,6 +375,9 @@ class Federation:
         for command in self.started.values():
             command.wait(10)
         psutil.wait_procs(left, timeout=5.0)
+        for folder in reversed(self.mounted):
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+        self.mounted.clear()
         remaining = self._left()
         assert not remaining, f"still running: {remaining}"
 
