@@ -191,4 +191,6 @@ def check_configuration(study: Study, configuration: Path) -> None:
     tried = subprocess.run([*command(study, configuration), "-t", "-q"], capture_output=True, text=True, timeout=30)
     if tried.returncode != 0:
         said = " ".join(tried.stderr.split())
-        raise JobFailed("gateway_config_invalid", f"nginx does not take the configuration: {said}")
+        raise JobFailed(
+            "gateway_config_invalid", f"nginx does not take the configuration: {said}", "Mend the file that it names."
+        )

@@ -77,13 +77,21 @@ class Overview(BaseModel):
 _REMEDIES = {
     "plan_not_approved": "has not approved this plan; it does so with `fedsynth site approve` (digest {digest})",
     "plan_altered": "holds a plan that was changed after its approval; it approves the plan anew",
+    "site_not_in_plan": "runs under another name than the plan's; it corrects its policy",
+    "task_of_another_site": "is not the site under whose name its key was added; revoke it, and add the right key",
     "policy_missing": "has no policy, so it allows nothing",
-    "budget_exceeded": "has not enough budget left for this plan",
     "module_not_allowed": "does not allow this module",
+    "epsilon_above_policy": "allows less epsilon than the plan asks for",
+    "budget_exceeded": "has not enough budget left for this plan",
+    "cohort_too_small": "has fewer patients than its policy wants for this module",
     "cohort_missing": "has prepared no cohort",
+    "cohort_of_other_settings": "prepared its cohort for another plan; it prepares one for this plan",
+    "bundle_not_allowed": "has another version of fedsynth; both sides install the same",
     "disk_full": "has a full disk",
     "ledger_went_back": "sent a receipt of a ledger that holds less than before; ask what was restored there",
+    "ledger_set_back": "has a ledger that was set back, e.g. restored from a copy; it must not go on with that one",
     "no_answer": "did not answer within the round's time; it goes on, and is asked again",
+    "not_sent": "was not there any more when it was to be asked; it is asked again",
 }
 
 
@@ -184,7 +192,9 @@ def advice(view: Overview, folder: object) -> list[str]:
         )
     elif not view.superlink:
         found.append("SuperLink does not answer: it is starting, or logs/superlink.log says why not.")
-    found += [f"{p.name} was started again {p.restarts} times: logs/{p.name}.log" for p in view.processes if p.restarts]
+    found += [
+        f"{p.name} was started again {_times(p.restarts)}: logs/{p.name}.log" for p in view.processes if p.restarts
+    ]
     for site in view.sites:
         if site.fingerprint is None and not site.revoked:
             found.append(f"{site.name} is not added: fedsynth study add-site {folder} KEY.pub --name {site.name}")
@@ -227,6 +237,10 @@ def _process(process: ProcessView) -> str:
     return f"{process.name} {process.state}" + (
         f" (started again {process.restarts} times)" if process.restarts else ""
     )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _site_line(site: SiteView) -> str:

@@ -32,6 +32,7 @@ from fedsynth.deployment.bundle import bundle_sha256
 from fedsynth.deployment.runtime import RuntimeDoor, heartbeat, take_tasks
 from fedsynth.errors import FedsynthError, UsageError
 from fedsynth_server.app import make_app
+from fedsynth_server.coordinator.bounded_grid import BoundedGrid, reply_limit
 from fedsynth_server.coordinator.control import SuperlinkUnreachable, open_control
 from fedsynth_server.coordinator.settings import Study
 from fedsynth_server.rounds import Patience
@@ -70,7 +71,7 @@ class Runner:
             Stopped: SIGTERM came; the run is ended at SuperLink.
             httpx.HTTPError, RunNotRunningException, KeyboardInterrupt: SuperLink is away or has ended the run.
         """
-        grid = HttpGrid(self.door.address, root_certificates=self.door.ca, token=token)
+        grid = BoundedGrid(self.door.address, self.door.ca, token, reply_limit(self.study.plan))
         grid._retry_invoker.max_time = _SUPERLINK_AWAY_SECONDS
         run_id = 0
         try:

@@ -19,7 +19,7 @@ from fedsynth.deployment.supervisor import (
     supervise,
 )
 from fedsynth.errors import FedsynthError, JobFailed, UsageError
-from fedsynth.files import write_atomic
+from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.progress import say
 from fedsynth_server.coordinator import gateway
 from fedsynth_server.coordinator.control import Control, SuperlinkUnreachable, open_control
@@ -102,6 +102,10 @@ class Conductor:
             self._tell("waiting for SuperLink")
         except FedsynthError as error:  # e.g. a run that SuperLink does not take: it is asked again
             self._tell(str(error))
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self._tell("the disk is full; free some space, and the study goes on by itself")
         return self._over_since is None or now - self._over_since < _LAST_REPORT_SECONDS
 
     def _step(self, now: float) -> bool:
@@ -130,15 +134,15 @@ class Conductor:
             self._tell(str(error))
             return
         for record in done.register:
-            say(f"site {record.name} is registered ({record.fingerprint})")
+            _speak(f"site {record.name} is registered ({record.fingerprint})")
         for node in done.unregister:
-            say(f"site {node.name or node.id} is registered no longer")
+            _speak(f"site {node.name or node.id} is registered no longer")
 
     def _keep_running(self, now: float) -> None:
         runs = self.control.runs()
         active = sorted((run for run in runs if run.active), key=lambda run: not run.claimed)
         for surplus in active[1:]:
-            say(f"ending run {surplus.id}: a study has one run at a time")
+            _speak(f"ending run {surplus.id}: a study has one run at a time")
             self.control.stop_run(surplus.id)
         if active:
             if self._run != active[0].id:
@@ -158,7 +162,7 @@ class Conductor:
         self._fruitless = 0 if self._checkpoint() != self._checkpoint_then else self._fruitless + 1
         pause = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** max(0, self._fruitless - 1))
         self._start_at = now + pause
-        say(
+        _speak(
             f"run {self._run} ended ({outcome}); the next one goes on from the checkpoint in {pause:.0f} s"
             + ("; logs/runner.log says why it ends again and again" if self._fruitless > 2 else "")
         )
@@ -170,7 +174,15 @@ class Conductor:
     def _tell(self, line: str) -> None:
         if line != self._said:
             self._said = line
-            say(line)
+            _speak(line)
+
+
+def _speak(line: str) -> None:
+    try:
+        say(line)
+    except OSError as error:
+        if error.errno not in DISK_FULL:  # what is said goes into a log on the disk that is full
+            raise
 
 
 def _version(path: Path) -> int:

@@ -55,5 +55,6 @@ def _facts(view: Overview) -> dict[str, str]:
         code = f" [{site.code}]" if site.code else ""
         facts[site.name] = ", ".join(part for part in (presence, site.state) if part) + code
     for process in view.processes:
-        facts[process.name] = f"{process.state}, started again {process.restarts} times"
+        again = f", started again, {process.restarts} in all" if process.restarts else ""
+        facts[process.name] = process.state + again
     return facts
