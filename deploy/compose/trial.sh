@@ -30,7 +30,7 @@ study=$trial/coordinator/study
 
 fedsynth study init "$study" --plan "$plan" --gateway "$address" "${weights[@]}"
 fedsynth deploy certs "$study" --gateway-name coordinator.example.org
-mkdir "$trial/offline"
+mkdir "$trial/offline" "$trial/coordinator/gateway-logs"
 mv "$study/ca" "$trial/offline/"
 # The gateway is a container of its own, which shares the coordinator's loopback interface.
 sed -i 's/^managed = true$/managed = false/' "$study/coordinator.toml"
@@ -58,7 +58,8 @@ for site in hospital-a hospital-b hospital-c; do
   fedsynth site init "$folder/site" --name "$site" --declared-patients "$patients"
   fedsynth site init "$folder/node" --gateway "$address" --ca "$study/keys/ca.crt" --runtime-name "$site-node"
   # Of the node's files the runner gets what it needs to find and believe the node, and no private key.
-  sed -i "s/^runtime = .*/runtime = \"$site-node:18094\"/" "$folder/node/node.toml"
+  sed -i -e "s/^runtime = .*/runtime = \"$site-node:18094\"/" -e "s/^health_listen = .*/health_listen = \"$site-node:18095\"/" \
+    "$folder/node/node.toml"
   mkdir "$folder/site/keys"
   cp -p "$folder/node/node.toml" "$folder/site/"
   cp -p "$folder/node/keys/runtime-ca.crt" "$folder/node/keys/superexec.secret" "$folder/site/keys/"
