@@ -13,7 +13,15 @@ from fedsynth_client.ledger import Entry, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.site import Site
 
-_KINDS = frozenset({"charge", "resumed", "released", "withheld", "sent"})
+_TASK = frozenset({"study", "module", "round"})
+# What an entry of each kind holds.
+_HOLDS: dict[str, frozenset[str]] = {
+    "charge": _TASK | {"sample_rate", "noise_multiplier", "steps", "max_grad_norm", "private"},
+    "resumed": _TASK,
+    "released": _TASK | {"sha256"},
+    "withheld": _TASK | {"code"},
+    "sent": _TASK | {"sha256", "records", "to"},
+}
 
 
 def audit(site: Site, head: str | None = None) -> list[Line]:
@@ -27,8 +35,10 @@ def audit(site: Site, head: str | None = None) -> list[Line]:
     if not chain.ok:  # nothing else can be told from a broken chain
         return [chain]
     entries = site.ledger().entries()
+    order = check(lambda: _order(entries))
+    if not order.ok:  # nor from a history that could not have been
+        return [chain, order]
     questions: list[Callable[[], str]] = [
-        lambda: _order(entries),
         lambda: _whole(site),
         lambda: _stored(site, entries),
         lambda: _plans(site, entries),
@@ -36,7 +46,7 @@ def audit(site: Site, head: str | None = None) -> list[Line]:
     ]
     if head is not None:
         questions.append(lambda: _head(entries, head))
-    return [chain, *(check(question) for question in questions)]
+    return [chain, order, *(check(question) for question in questions)]
 
 
 def _chain(site: Site) -> str:
@@ -52,8 +62,8 @@ def _order(entries: list[Entry]) -> str:
     """Every task was charged once before anything else, came to one end, and sent only what it released."""
     stories: dict[Task, list[Entry]] = defaultdict(list)
     for entry in entries:
-        if entry.kind not in _KINDS:
-            raise Refused("entry_unknown", f"Entry {entry.sequence} is of a kind that this version does not know.")
+        if frozenset(entry.body) != _HOLDS.get(entry.kind):
+            raise Refused("entry_unknown", f"Entry {entry.sequence} is of a kind that this version does not write.")
         stories[_task(entry)].append(entry)
     for task, story in stories.items():
         _check_story(task, [entry.kind for entry in story], story)

@@ -95,8 +95,12 @@ class Runner:
         except RunNotRunningException:
             outcome = "run_ended"
             self.site.log.info("%s: the coordinator ended the run; the answer stays stored", what)
+        except (delivery.MessageLost, httpx.HTTPError) as error:
+            # The SuperNode has lost the task or is gone; what was trained is stored, for when it is asked for again.
+            outcome = "task_lost"
+            self.site.log.warning("%s: the SuperNode does not know this task any more (%s)", what, type(error).__name__)
         except Exception as error:
-            outcome = _code(error)
+            outcome = error.code if isinstance(error, FedsynthError) else "internal_error"
             self.site.log.exception("%s could not be taken or answered", what)
         finally:
             self.busy = False
@@ -148,15 +152,6 @@ def _what(announcement: delivery.Announcement) -> str:
     metadata = announcement.message.metadata
     group = f" round {int(metadata.group_id)}" if metadata.group_id.isdecimal() and len(metadata.group_id) < 7 else ""
     return f"{metadata.message_type[:40]!r}{group}"
-
-
-def _code(error: Exception) -> str:
-    if isinstance(error, FedsynthError):
-        return error.code
-    if isinstance(error, delivery.MessageLost):
-        return "message_lost"
-    lost = isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
-    return "task_lost" if lost else "internal_error"
 
 
 def status_path(folder: Path) -> Path:
