@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -117,6 +118,42 @@ def test_bytes_that_are_not_what_they_declare_are_refused(values: np.ndarray) ->
 def test_bytes_that_are_no_array_are_refused(data: bytes) -> None:
     record = to_record(STATE)
     record["layer.weight"].data = data
+    assert code_of(RecordDict({"generator": record})) == "arrays_differ"
+
+
+def test_a_header_that_states_a_giant_shape_gets_no_memory() -> None:
+    stream = io.BytesIO()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (2**20, 2**20)}  # 4 TiB
+    np.lib.format.write_array_header_1_0(stream, header)
+    record = to_record(STATE)
+    record["layer.weight"].data = stream.getvalue() + bytes(24)
+    tracemalloc.start()
+    try:
+        assert code_of(RecordDict({"generator": record})) == "arrays_differ"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_of_arrays_is_not_unpacked() -> None:
+    stream = io.BytesIO()
+    np.savez_compressed(stream, STATE=np.zeros(2**23, dtype=np.float32))  # 32 MiB in few bytes
+    assert len(stream.getvalue()) < 2**16
+    record = to_record(STATE)
+    record["layer.weight"].data = stream.getvalue()
+    tracemalloc.start()
+    try:
+        assert code_of(RecordDict({"generator": record})) == "arrays_differ"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("header", ["(" * 900, "-" * 900 + "1", "{'shape': " * 90, "[" * 9000 + "]" * 9000])
+def test_a_header_that_is_no_header_is_refused(header: str) -> None:
+    text = header.encode()
+    record = to_record(STATE)
+    record["layer.weight"].data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(24)
     assert code_of(RecordDict({"generator": record})) == "arrays_differ"
 
 

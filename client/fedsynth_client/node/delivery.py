@@ -8,26 +8,18 @@ of objects), so that what is not admitted is never unpacked; and what is admitte
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.app.message import Array
-from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, message_from_proto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PullTaskInputRequest
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
-)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -41,14 +33,12 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from fedsynth.deployment.unpacking import object_ids, unpacked_bytes
 from fedsynth.errors import Refused
 from fedsynth_client.node.admission import check_kind, check_size
 
 COORDINATOR = SUPERLINK_NODE_ID
 MessageLost = ObjectPullError
-_ARRAY, _CHUNK = Array.__qualname__, ArrayChunk.__qualname__
-# Everything of a message that is not an array's data: names of records and arrays, and the task itself.
-_LARGEST_LISTS = 16 * 2**20
 _DRAIN_SECONDS = 600.0
 
 
@@ -111,7 +101,7 @@ def fetch(client: RuntimeHttpClient, announcement: Announcement, limit: int) -> 
             ``message_type_not_allowed`` or ``sender_not_allowed``.
         ObjectPullError: the SuperNode has lost the message, e.g. because the way to the coordinator broke.
     """
-    ids = _object_ids(announcement)
+    ids = object_ids(announcement.tree)
     check_size(len(ids), 0, limit)
     contents = pull_objects(ids, _bounded(_pull(client, announcement), len(ids), limit))
     try:
@@ -147,7 +137,7 @@ def drain(client: RuntimeHttpClient, announcement: Announcement) -> None:
             pull(object_id)
         return b""
 
-    pull_objects(_object_ids(announcement), seen, max_time=_DRAIN_SECONDS)
+    pull_objects(object_ids(announcement.tree), seen, max_time=_DRAIN_SECONDS)
 
 
 def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:
@@ -155,29 +145,6 @@ def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:
     make_confirm_message_received_fn_protobuf(
         client.ConfirmMessageReceived, Node(node_id=announcement.context.node_id), announcement.context.run_id
     )(announcement.tree.object_id)
-
-
-def unpacked_bytes(contents: Mapping[str, bytes]) -> int:
-    """Bytes that the arrays among `contents` (object id -> packed object) would have.
-
-    An array names its chunks by place and may name one many times, so that few bytes could unpack to any number.
-
-    Raises:
-        Refused: ``message_malformed``: an array is made of something else than chunks, or what is no chunk is larger than
-            any record's list of names.
-    """
-    heads = {key: get_object_head_values_from_object_content(value) for key, value in contents.items()}
-    if sum(len(contents[key]) for key, head in heads.items() if head[0] != _CHUNK) > _LARGEST_LISTS:
-        raise Refused("message_malformed", "The message holds lists of names or values larger than any task's.")
-    total = 0
-    for key, (kind, children, _) in heads.items():
-        if kind != _ARRAY:
-            continue
-        if any(heads[child][0] != _CHUNK for child in children):
-            raise Refused("message_malformed", "An array is made of something else than chunks.")
-        places = json.loads(get_object_body(contents[key], Array))["arraychunk_ids"]
-        total += sum(len(contents[children[place]]) for place in places)
-    return total
 
 
 def answer(client: RuntimeHttpClient, announcement: Announcement, content: RecordDict) -> None:
@@ -195,10 +162,6 @@ def give_up(client: RuntimeHttpClient, announcement: Announcement, code: str) ->
         announcement.context,
     )
     push_task_output(client, None, SubStatus.FAILED, code)
-
-
-def _object_ids(announcement: Announcement) -> list[str]:
-    return list(dict.fromkeys(each.object_id for each in iterate_object_tree(announcement.tree)))
 
 
 def _pull(client: RuntimeHttpClient, announcement: Announcement) -> Callable[[str], bytes]:
