@@ -291,6 +291,7 @@ def test_compose_services_have_no_rights_to_spare() -> None:
         assert service["cap_drop"] == ["ALL"] and "cap_add" not in service, name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["user"].startswith("${FEDSYNTH_UID:?"), name
+        assert service["healthcheck"]["test"][0] == "CMD", name  # no shell
         assert service["mem_limit"] and service["pids_limit"] and service["tmpfs"], name
         assert not {"privileged", "ports", "pid", "ipc", "devices", "env_file"} & set(service), name
         assert all(volume["type"] == "bind" for volume in service["volumes"]), name
