@@ -1,0 +1,529 @@
+"""What a deployment costs and what it survives: a coordinator and three sites as real processes on this machine.
+
+``python simulations/benchmarks/deployment.py --out FOLDER [--docs docs/deployment.md]`` lays out federations over TLS on
+loopback with registered keys (it needs nginx), runs them, and writes ``deployment.json`` and ``deployment.md``:
+
+- seconds from `study start` and `site start` until each part answers; memory and processor time by process, idle and busy;
+- seconds a round beside the same plan in one process, at two sizes, the sites' own work apart;
+- bytes a round and site on the wire, counted by a relay between node and gateway, beside those of the records;
+- what happens when the line is cut for a while (``--outages``) or a process is killed (``--kills``) during a round.
+
+About 12 minutes on two cores with the defaults: 3 for ``--parts plans``, 9 for ``--parts faults``; ``--outages 300`` adds
+6. A part that is run again replaces its own figures in ``deployment.json`` and leaves the others.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Flower reports use and looks for updates unless told otherwise before it is imported.
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+import argparse
+import json
+import platform
+import shutil
+import signal
+import ssl
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from flwr.app import Message
+
+from fedsynth import __version__
+from fedsynth.deployment.health import serving
+from fedsynth.errors import FedsynthError
+from fedsynth.plan import StudyPlan, save_plan
+from fedsynth_client.app import app as client_app
+from fedsynth_client.node.settings import load_settings
+from fedsynth_client.sent import sent
+from fedsynth_client.site import Site
+from fedsynth_server.app import app as server_app
+from fedsynth_server.checkpoint import load_state
+from fedsynth_server.coordinator.control import open_control
+from fedsynth_server.coordinator.settings import Study
+from fedsynth_server.warm_start import public_starts
+from fedsynth_simulations.benchmarking.cohorts import Patients, at_size, draw_site
+from fedsynth_simulations.benchmarking.deployment import (
+    STUDY,
+    Federation,
+    Watch,
+    wait_until,
+    write_cohort,
+    write_policy,
+)
+from fedsynth_simulations.benchmarking.deployment_figures import (
+    Round,
+    charged_twice,
+    page,
+    passed,
+    rounds_of,
+    spread,
+    task_seconds,
+    usage_between,
+)
+from fedsynth_simulations.cohort.anatomy import Anatomy
+from fedsynth_simulations.grid import InProcessGrid, run_in_process
+from fedsynth_simulations.hospitals.sites import SITES
+from fedsynth_simulations.plans import simulated_genes, study_plan
+from fedsynth_simulations.weights import packaged_warm_start
+
+_PATIENTS = 20
+_SEED = 5
+_ROUNDS = 7  # of the adversarial module; the first, which loads a cohort, is left out of the medians
+_IDLE_SECONDS = 20.0
+_FIT_STEPS = 10  # not 150: fitting is the coordinator's own work and the same in both
+_UP_SECONDS, _ROUND_SECONDS, _STUDY_SECONDS = 120.0, 240.0, 900.0
+_KILLS = {
+    "superlink": ("study", "superlink"),
+    "study-runner": ("study", "runner"),
+    "gateway": ("study", "gateway"),
+    "site-runner": (SITES[0].name, "runner"),
+    "supernode": (SITES[0].name, "supernode"),
+}
+
+
+def main() -> None:
+    """Parse the command line, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, help="write the page here, too")
+    parser.add_argument("--parts", default="plans,faults", help="any of plans,faults; empty: write the page anew")
+    parser.add_argument("--outages", default="30,120", help="seconds that no site reaches the gateway")
+    parser.add_argument("--kills", default=",".join(_KILLS), help=f"any of {','.join(_KILLS)}; may be empty")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / "deployment.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parts = [part for part in given.parts.split(",") if part]
+    if parts:
+        found |= {"machine": _machine(), "command": _command()}
+        cohorts = _cohorts()
+    with tempfile.TemporaryDirectory(prefix="fedsynth-deployment-") as folder:
+        if "plans" in parts:
+            found["plans"] = {name: _plan_part(Path(folder) / name, name, cohorts) for name in ("small", "main")}
+            _write(path, found)
+        if "faults" in parts:
+            outages = [float(each) for each in given.outages.split(",") if each]
+            kills = [each for each in given.kills.split(",") if each]
+            found["faults"] = _faults_part(Path(folder) / "faults", cohorts, outages, kills)
+    _write(path, found)
+    text = page(found)
+    for target in (given.out / "deployment.md", given.docs):
+        if target is not None:
+            target.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _say(line: str) -> None:
+    print(f"{datetime.now(UTC):%H:%M:%S} {line}", file=sys.stderr, flush=True)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "version": __version__,
+        "flower": version("flwr"),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def _command() -> str:
+    options = list(sys.argv[1:])
+    for name in ("--out", "--docs"):  # folders of whoever ran it
+        if name in options:
+            options[options.index(name) + 1] = {"--out": "FOLDER", "--docs": "docs/deployment.md"}[name]
+    return " ".join(["python simulations/benchmarks/deployment.py", *options])
+
+
+# Plans and patients.
+
+
+def _plan(name: str) -> StudyPlan:
+    """The plan of a size: ``main`` is that of `fedsynth simulate` with rounds of the adversarial module, of few steps."""
+    genes = simulated_genes()
+    plan = study_plan(
+        f"deployment-{name}",
+        "Measure a deployment on one machine.",
+        {site.name: _PATIENTS for site in SITES},
+        genes=genes,
+        epsilon=10.0,
+        starts=public_starts(packaged_warm_start(), genes),
+    ).model_dump(mode="json", exclude_none=True)
+    plan["gan"] |= {"rounds": _ROUNDS, "steps_per_round": 2, "expected_batch": 10}
+    if name == "main":
+        plan["moments"]["budget_share"] = plan["embedding"]["budget_share"] = 0.3
+        plan["gan"]["budget_share"] = 0.4
+        plan["embedding"]["fit_steps"] = _FIT_STEPS
+        return StudyPlan.model_validate(plan)
+    del plan["moments"], plan["embedding"], plan["gan"]["warm_start"]
+    plan["autoencoder"].pop("warm_start", None)
+    plan["image"] |= {"size": 32, "pixel_spacing_mm": 6.0}
+    few = {"steps_per_round": 3, "expected_batch": 10}
+    plan["autoencoder"] |= {**few, "rounds": 1, "hidden": [16, 8], "latent_dim": 4, "budget_share": 0.3}
+    plan["radiogenomics"] |= {**few, "rounds": 1, "hidden": [16, 8], "budget_share": 0.2}
+    plan["gan"] |= {
+        **{"latent_dim": 8, "generator_width": 4, "discriminator_width": 4, "generator_batch": 8, "budget_share": 0.5},
+        **{"discriminator_trains": "all", "generator_trains": "all"},
+    }
+    if name == "faults":
+        plan["gan"] |= {"steps_per_round": 60, "generator_batch": 64}
+    return StudyPlan.model_validate(plan)
+
+
+def _with_rounds(plan: StudyPlan, rounds: int) -> StudyPlan:
+    content = plan.model_dump(mode="json", exclude_none=True)
+    content["gan"]["rounds"] = rounds
+    return StudyPlan.model_validate(content)
+
+
+def _cohorts() -> dict[str, Patients]:
+    """A small simulated cohort a site, at 64 pixels."""
+    _say("drawing patients")
+    plan, anatomy = _plan("main"), Anatomy.load()
+    return {site.name: draw_site(plan, site, _SEED, "train", range(_PATIENTS), anatomy) for site in SITES}
+
+
+def _sized(cohorts: Mapping[str, Patients], plan: StudyPlan) -> dict[str, Patients]:
+    return {name: at_size(patients, plan.image.size) for name, patients in cohorts.items()}
+
+
+# One plan: in one process, and deployed.
+
+
+def _plan_part(root: Path, name: str, cohorts: Mapping[str, Patients]) -> dict[str, Any]:
+    plan = _plan(name)
+    patients, start = _sized(cohorts, plan), packaged_warm_start() if name == "main" else None
+    _say(f"{name}: in one process")
+    in_process = _in_process(root / "in-process", plan, patients, start)
+    _say(f"{name}: deployed")
+    federation = Federation(root / "deployed", plan)
+    federation.root.mkdir(parents=True)
+    with closing(federation):
+        federation.lay_out(patients, start)
+        with Watch(federation) as watch:
+            started, idle, online = _start_all(federation, watch)
+            wait_until(federation.finished, _STUDY_SECONDS, "the study")
+            ended = time.time()
+    return {
+        "started": started,
+        "idle_seconds": round(idle[1] - idle[0]),
+        "idle_bytes_a_minute": _idle_bytes(federation, idle),
+        "usage": {
+            "idle": usage_between(watch.samples, *idle),
+            "study": usage_between(watch.samples, online, ended),
+        },
+        "rounds": _round_figures(plan, watch, in_process),
+        "bytes": _byte_figures(federation, watch, in_process, online),
+        "connections": ", ".join(str(relay.traffic[-1].connection) for relay in federation.relays.values()),
+    }
+
+
+class _TimedGrid(InProcessGrid):
+    """Notes when each task was delivered and answered, and the bytes of both messages."""
+
+    def __init__(self, folders: dict[int, Path]) -> None:
+        self.notes: list[dict[str, Any]] = []
+        super().__init__(client_app, folders, wiretap=self._note)
+
+    def _note(self, direction: str, node: int, content: bytes) -> None:
+        self.notes[-1]["down" if direction == "to site" else "up"] = len(content)
+
+    def _deliver(self, message: Message) -> str:
+        kind = message.metadata.message_type
+        if not kind.startswith("train."):
+            self.notes.append({})
+            name = super()._deliver(message)
+            self.notes.pop()
+            return name
+        number = int(message.metadata.group_id)
+        self.notes.append({"module": kind.removeprefix("train."), "round": number, "began": time.time()})
+        name = super()._deliver(message)
+        self.notes[-1]["ended"] = time.time()
+        return name
+
+
+def _in_process(
+    root: Path, plan: StudyPlan, cohorts: Mapping[str, Patients], warm_start: Path | None
+) -> list[dict[str, Any]]:
+    """Tasks of the plan's rounds over the in-process grid, with times and bytes; the last note only ends the study."""
+    study = root / "study"
+    study.mkdir(parents=True)
+    save_plan(plan, study / "plan.toml")
+    if warm_start is not None:
+        shutil.copyfile(warm_start, study / "warm-start.safetensors")
+    for name, patients in cohorts.items():
+        write_cohort(root / name / "cohort", plan, patients)
+        write_policy(root / name, plan, name)
+        Site(root / name).approve(plan)
+    grid = _TimedGrid({node: root / name for node, name in enumerate(cohorts, start=1)})
+    run_in_process(server_app, grid, {"study-folder": str(study)})
+    return [*grid.notes, {"module": "", "round": 0, "began": time.time()}]
+
+
+def _start_all(federation: Federation, watch: Watch) -> tuple[dict[str, dict[str, float]], tuple[float, float], float]:
+    """Start everybody; returns seconds until each part answered, a quiet window, and when the last site came online."""
+    study, sites = Study(federation.folder(STUDY)), federation.sites
+    context = ssl.create_default_context(cafile=str(federation.folder(STUDY) / "keys" / "ca.crt"))
+    log = federation.folder(STUDY) / "logs" / "runner.log"
+
+    def gateway() -> bool:
+        with urllib.request.urlopen(
+            f"https://{study.gateway_local_address}/health", context=context, timeout=2
+        ) as answer:
+            return bool(answer.status == 200)
+
+    started = {
+        "study start": _started(
+            federation,
+            STUDY,
+            {
+                "SuperLink serves (gRPC health)": lambda: bool(serving(study.health_address)),
+                "the gateway answers /health with SuperLink's word": gateway,
+                "the study runner takes tasks": lambda: "ready" in log.read_text(encoding="utf-8"),
+            },
+        )
+    }
+    with open_control(study) as control:
+        for name in sites:
+            folder = federation.folder(name)
+            health = load_settings(folder).health_listen
+            if name == sites[-1]:  # those that are there have answered, and the round waits for this one
+                wait_until(
+                    lambda: {t.site for t in watch.tasks} >= set(sites[:-1]), _ROUND_SECONDS, "the first answers"
+                )
+                quiet = time.time() + 2
+                time.sleep(2 + _IDLE_SECONDS)
+                idle = (quiet, time.time())
+            probes: dict[str, Callable[[], bool]] = {
+                "SuperNode serves (gRPC health)": lambda health=health: bool(serving(health)),  # type: ignore[misc]
+                "the runner is ready": lambda folder=folder: (folder / "run" / "runner.json").is_file(),  # type: ignore[misc]
+                "the coordinator sees it online": lambda name=name: any(  # type: ignore[misc]
+                    node.name == name and node.online for node in control.nodes()
+                ),
+            }
+            started[f"site start ({name})"] = _started(federation, name, probes)
+    return started, idle, time.time()
+
+
+def _started(federation: Federation, whose: str, probes: Mapping[str, Callable[[], bool]]) -> dict[str, float]:
+    """Start `whose` processes; returns seconds until each probe succeeded."""
+    began, open_probes, found = time.monotonic(), dict(probes), dict[str, float]()
+    federation.start(whose)
+
+    def look() -> bool:
+        for what, probe in list(open_probes.items()):
+            with suppress(OSError, FedsynthError):  # it does not answer yet
+                if probe():
+                    found[what] = round(time.monotonic() - began, 1)
+                    del open_probes[what]
+        return not open_probes
+
+    wait_until(look, _UP_SECONDS, f"start of {whose} ({', '.join(open_probes)})")
+    return {what: found[what] for what in probes}
+
+
+def _idle_bytes(federation: Federation, idle: tuple[float, float]) -> dict[str, dict[str, int]]:
+    """Bytes a minute, each way, of the sites that were up and had nothing to do."""
+    found = {}
+    for name in federation.sites[:-1]:
+        up, down = passed(federation.relays[name].traffic, *idle)
+        minutes = (idle[1] - idle[0]) / 60
+        found[name] = {"up": round(up / minutes), "down": round(down / minutes)}
+    return found
+
+
+def _measured(plan: StudyPlan) -> list[str]:
+    """Modules with enough rounds for a median."""
+    return [module for module in plan.modules if plan.training(module).rounds >= _ROUNDS]
+
+
+def _round_figures(plan: StudyPlan, watch: Watch, in_process: list[dict[str, Any]]) -> dict[str, Any]:
+    work, figures = task_seconds(watch.tasks), {}
+    for module in _measured(plan):
+        here: dict[str, list[float]] = {"seconds": [], "site_seconds": []}
+        firsts = [n for n, note in enumerate(in_process) if n == 0 or _key(in_process[n - 1]) != _key(note)]
+        for first, after in pairwise(firsts):
+            notes = in_process[first:after]
+            if notes[0]["module"] == module and notes[0]["round"] > 1:
+                here["seconds"].append(in_process[after]["began"] - notes[0]["began"])
+                here["site_seconds"].append(sum(note["ended"] - note["began"] for note in notes))
+        rounds = [r for r in rounds_of(watch.checkpoints) if r.module == module and r.number > 1]
+        slowest = [max(work[module, r.number].values()) for r in rounds]
+        rest = [r.seconds - seconds for r, seconds in zip(rounds, slowest, strict=True)]
+        here_rest = [a - b for a, b in zip(here["seconds"], here["site_seconds"], strict=True)]
+        deployed = {"seconds": [r.seconds for r in rounds], "slowest_site_seconds": slowest, "rest_seconds": rest}
+        figures[module] = {
+            "in_process": {name: spread(values) for name, values in (here | {"rest_seconds": here_rest}).items()},
+            "deployed": {name: spread(values) for name, values in deployed.items()},
+            "overhead_seconds": round(spread(rest)["median"] - spread(here_rest)["median"], 3),
+        }
+    return figures
+
+
+def _key(note: Mapping[str, Any]) -> tuple[str, int]:
+    return note["module"], note["round"]
+
+
+def _byte_figures(
+    federation: Federation, watch: Watch, in_process: list[dict[str, Any]], online: float
+) -> dict[str, dict[str, int]]:
+    """Bytes a round and site, mean over sites and rounds."""
+    figures: dict[str, dict[str, int]] = {}
+    rounds = rounds_of(watch.checkpoints)
+    logs = {name: sent(Site(federation.folder(name))) for name in federation.sites}
+    for module in federation.plan.modules:
+        wire = [passed_in(federation, each, online) for each in rounds if each.module == module]
+        ways = [way for each in wire for way in each.values()]
+        tasks = [note for note in in_process if note["module"] == module]
+        records = [each.bytes for log in logs.values() for each in log if each.module == module and not each.again]
+        figures[module] = {
+            "wire_up": round(mean(up for up, _ in ways)),
+            "wire_down": round(mean(down for _, down in ways)),
+            "message_up": round(mean(note["up"] for note in tasks)),
+            "message_down": round(mean(note["down"] for note in tasks)),
+            "records_up": round(mean(records)),
+        }
+    return figures
+
+
+def passed_in(federation: Federation, each: Round, online: float) -> dict[str, tuple[int, int]]:
+    """Bytes (up, down) by site in a round; in the round in which the last site came, that site's since it was online."""
+    sites = federation.sites
+    if each.began < online < each.ended:
+        return {sites[-1]: passed(federation.relays[sites[-1]].traffic, online, each.ended)}
+    return {site: passed(federation.relays[site].traffic, each.began, each.ended) for site in sites}
+
+
+# Faults.
+
+
+def _faults_part(root: Path, cohorts: Mapping[str, Patients], outages: list[float], kills: list[str]) -> dict[str, Any]:
+    faults: list[tuple[str, float, Callable[[Federation], None], Callable[[Federation], None]]] = []
+    for seconds in outages:
+        faults.append((f"gateway out of reach for all sites, {seconds:.0f} s, refused", seconds, _refuse, _restore))
+    if outages:
+        faults.append((f"the same, {outages[0]:.0f} s, silent", outages[0], _hold, _restore))
+    for name in kills:
+        whose, which = _KILLS[name]
+        what = f"{which} of the coordinator killed" if whose == STUDY else f"{which} of one site killed"
+        faults.append((what, 0.0, lambda f, whose=whose, which=which: _kill(f, whose, which), _nothing))  # type: ignore[misc]
+    # A round before, one for each fault, one to see what an undisturbed round takes, two to go on.
+    plan = _with_rounds(_plan("faults"), 2 * len(faults) + 5)
+    federation = Federation(root, plan)
+    root.mkdir(parents=True)
+    found, hit = [], set[int]()
+    with closing(federation):
+        federation.lay_out(_sized(cohorts, plan))
+        with Watch(federation) as watch:
+            for whose in (STUDY, *federation.sites):
+                federation.start(whose)
+            wait_until(lambda: federation.done().get("gan", 0) >= 3, _STUDY_SECONDS, "the third round")
+            for what, seconds, begin, end in faults:
+                number, recovery = _strike(federation, what, seconds, begin, end)
+                hit |= {number, number + 1}
+                answered = _answered(federation, number)
+                twice = charged_twice({site: federation.charges(site) for site in federation.sites})
+                _say(
+                    f"{what}: round {number} complete {recovery:.1f} s later, {answered} sites, charged twice: {twice}"
+                )
+                found.append(
+                    {
+                        "fault": what,
+                        "down_seconds": seconds,
+                        "recovery_seconds": round(recovery, 1),
+                        "round": number,
+                        "sites_in_round": answered,
+                        "sites": len(federation.sites),
+                        "charged_twice": twice,
+                    }
+                )
+            wait_until(federation.finished, _STUDY_SECONDS, "the end of the study")
+    charges = {site: federation.charges(site) for site in federation.sites}
+    calm = [r.seconds for r in rounds_of(watch.checkpoints) if r.module == "gan" and r.number not in hit | {1}]
+    return {
+        "faults": found,
+        "undisturbed_seconds": spread(calm),
+        "finished": federation.finished(),
+        "rounds": sum(federation.done().values()),
+        "charges": sum(map(len, charges.values())),
+        "charged_twice": charged_twice(charges),
+    }
+
+
+def _strike(
+    federation: Federation,
+    what: str,
+    seconds: float,
+    begin: Callable[[Federation], None],
+    end: Callable[[Federation], None],
+) -> tuple[int, float]:
+    """Break something while all sites train; returns the round's number and seconds from the end until it is complete."""
+    number = federation.done()["gan"] + 1
+
+    def training() -> bool:
+        nonlocal number
+        number = federation.done()["gan"] + 1
+        return all(("gan", number) in federation.charges(site) for site in federation.sites)
+
+    wait_until(training, _ROUND_SECONDS, "a round that all sites train in")
+    begin(federation)
+    _say(f"{what}: begun in round {number}")
+    time.sleep(seconds)
+    end(federation)
+    return number, wait_until(
+        lambda: federation.done()["gan"] >= number, _ROUND_SECONDS + seconds, f"round {number} after: {what}"
+    )
+
+
+def _answered(federation: Federation, number: int) -> int:
+    """Sites whose answer the coordinator took in a round."""
+    state = load_state(federation.folder(STUDY), federation.plan)
+    rows = state.curves["gan"] if state is not None else []
+    return sum(row["round"] == number for row in rows)
+
+
+def _refuse(federation: Federation) -> None:
+    for relay in federation.relays.values():
+        relay.refuse()
+
+
+def _hold(federation: Federation) -> None:
+    for relay in federation.relays.values():
+        relay.hold()
+
+
+def _restore(federation: Federation) -> None:
+    for relay in federation.relays.values():
+        relay.restore()
+
+
+def _kill(federation: Federation, whose: str, which: str) -> None:
+    os.kill(federation.pids(whose)[which], signal.SIGKILL)
+
+
+def _nothing(federation: Federation) -> None:
+    """A killed process is started again by its supervisor."""
+
+
+if __name__ == "__main__":
+    main()
