@@ -13,9 +13,9 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsynth.errors import FedsynthError, JobFailed, UsageError
+from fedsynth.errors import FedsynthError, UsageError
 from fedsynth.plan import MODULES, Module
-from fedsynth.records import PROFILES, PUBLIC, WEIGHTS, refusal
+from fedsynth.records import check_task, refusal
 from fedsynth_client.rounds import answer
 from fedsynth_client.site import Site
 
@@ -41,16 +41,13 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     def handle(module: Module, message: Message, context: Context) -> Message:
         recipient = f"node {message.metadata.src_node_id}"
 
-        def work(site: Site) -> RecordDict:
-            check_closed(message.content, task_records(module))
-            return answer(site, module, message.content, recipient)
-
-        return Message(_guarded(module, lambda: folder_of(context), work), reply_to=message)
+        content = _guarded(module, lambda: folder_of(context), lambda s: answer(s, module, message.content, recipient))
+        return Message(content, reply_to=message)
 
     @app.query("site")
     def query_site(message: Message, context: Context) -> Message:
         def work(site: Site) -> RecordDict:
-            check_closed(message.content, frozenset())
+            check_task(message.content, ())
             return _name(site)
 
         return Message(_guarded("site", lambda: folder_of(context), work), reply_to=message)
@@ -62,28 +59,6 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
         app.train(module)(handler(module))
 
     return app
-
-
-def task_records(module: Module) -> frozenset[str]:
-    """Names of the records that a task of `module` may carry, under whichever plan."""
-    if module in PUBLIC:
-        return frozenset({"task", PUBLIC[module]})
-    if module != "gan":
-        return frozenset({"task", WEIGHTS[module]})
-    return frozenset(
-        {"task", WEIGHTS["gan"], "discriminator", PROFILES, WEIGHTS["autoencoder"], WEIGHTS["radiogenomics"]}
-    )
-
-
-def check_closed(content: RecordDict, known: frozenset[str]) -> None:
-    """Refuse a message that carries a record beside those that its type may have, unread.
-
-    Raises:
-        JobFailed: ``task_not_in_closed_list``.
-    """
-    unknown = set(content) - known
-    if unknown:
-        raise JobFailed("task_not_in_closed_list", f"The message carries {len(unknown)} records that its type has not.")
 
 
 def _name(site: Site) -> RecordDict:

@@ -27,10 +27,12 @@ from fedsynth.records import (
     State,
     check_reply,
     check_state,
+    check_task,
     from_record,
     norm_limit,
     progress_record,
     state_digest,
+    task_weights,
     to_record,
 )
 from fedsynth_client.cohort import Cohort, load_cohort
@@ -65,6 +67,7 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
     if module not in plan.modules or not 1 <= task.round <= plan.training(module).rounds:
         raise Refused("round_not_in_plan", f"The plan has no round {task.round} of {module}.")
     check_module(policy, module)
+    check_task(content, ("task", *task_weights(plan, module)))
     with site.alone():
         ledger, outbox = site.ledger(), Outbox(site.folder)
         _check_not_set_back(ledger, head)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BytesIO
 
 import torch
@@ -166,6 +166,17 @@ def task_record(study: str, module: Module, round_number: int, site: str, head: 
             whose ledger does not hold it has been set back to an older copy, and would spend the same budget twice.
     """
     return ConfigRecord({"study": study, "module": module, "round": round_number, "site": site, "head": head})
+
+
+def check_task(content: RecordDict, known: Collection[str]) -> None:
+    """Refuse a message that carries a record beside those that it may have, unread.
+
+    Raises:
+        JobFailed: ``task_not_in_closed_list``.
+    """
+    unknown = set(content) - set(known)
+    if unknown:
+        raise JobFailed("task_not_in_closed_list", f"The message carries {len(unknown)} records that it may not have.")
 
 
 def refusal(code: str) -> RecordDict:

@@ -6,7 +6,6 @@ and the runner's, which holds the data and reaches nothing but the node.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from fedsynth.deployment import keys as key_files
 from fedsynth.deployment.certificates import check_certificate, load_ca
 from fedsynth.deployment.checks import Line, check
 from fedsynth.deployment.network import split_address
-from fedsynth.deployment.supervisor import Child, flower_environment, script, supervise
+from fedsynth.deployment.supervisor import Child, flower_environment, python_module, script, supervise
 from fedsynth.errors import Refused
 from fedsynth_client.node.settings import (
     NodeSettings,
@@ -31,8 +30,6 @@ from fedsynth_client.site import Site
 
 Part = Literal["node", "runner"]
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-# Ways in which the environment could put other code or another certificate authority before the installed ones.
-_LOADERS = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 _LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 _SETTINGS_WRONG = 2  # both processes end with it, where a restart would be no use
 
@@ -142,19 +139,20 @@ def _supernode(folder: Path, settings: NodeSettings) -> Child:
         *("--ssl-ca-certfile", str(runtime_ca_path(folder))),
         *("--health-server-address", settings.health_listen),
     )
-    environment = _without(flower_environment(_flower_home(folder, "node")), _LOADERS)
+    environment = flower_environment(_flower_home(folder, "node"))
     if settings.proxy:
-        environment = _without(environment, _PROXIES)
+        # As `fedsynth site check` goes: by the proxy of the settings, whatever the environment excepts from its own.
+        environment = _without(environment, (*_PROXIES, "no_proxy"))
         # httpx takes either spelling; grpcio, which only listens here, the lower one.
         environment |= {"HTTPS_PROXY": settings.proxy, "https_proxy": settings.proxy}
+        environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(sorted(_LOCAL)))
     return Child("supernode", command, environment, fatal_codes=frozenset({_SETTINGS_WRONG}))
 
 
 def _runner(folder: Path) -> Child:
-    # Isolated (-I): neither the working folder nor PYTHONPATH nor a user's own packages are on the import path.
-    command = [sys.executable, "-I", "-u", "-m", "fedsynth_client.node.runner", str(folder)]
+    command = python_module("fedsynth_client.node.runner", str(folder))
     # It speaks to the SuperNode and to nobody else, so it has no use for a proxy.
-    environment = _without(flower_environment(_flower_home(folder, "runner")), (*_PROXIES, *_LOADERS))
+    environment = _without(flower_environment(_flower_home(folder, "runner")), _PROXIES)
     return Child("runner", command, environment, fatal_codes=frozenset({_SETTINGS_WRONG}))
 
 

@@ -35,6 +35,7 @@ _LONGEST_DELAY_SECONDS = 60.0
 _STEADY_SECONDS = 120.0  # a process that ran this long starts again without the delay of earlier failures
 _LEFTOVER_SECONDS = 10.0
 _CLAIM_ATTEMPTS = 5
+_LOADERS = frozenset({"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP"})
 _LOG_BYTES = 20 * 2**20
 
 ChildState = Literal["running", "waiting", "stopped", "failed"]
@@ -98,13 +99,14 @@ def flower_environment(home: Path, **extra: str) -> dict[str, str]:
     """The environment of a Flower process: the present one without Flower's switches, then ours.
 
     Settings that somebody left in the environment could turn reporting, tracing, other databases or experimental interfaces
-    on, so nothing that begins with ``FLWR_`` is inherited. Local calls never go through a proxy.
+    on, so nothing that begins with ``FLWR_`` is inherited; nor is what could put other code before the installed one.
+    Local calls never go through a proxy.
 
     Args:
         home: Flower's own folder (its configuration and log).
         **extra: further variables.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_")}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FLWR_") and key not in _LOADERS}
     local = "127.0.0.1,localhost,::1"
     for name in ("NO_PROXY", "no_proxy"):
         kept[name] = f"{kept[name]},{local}" if kept.get(name) else local
@@ -119,8 +121,11 @@ def flower_environment(home: Path, **extra: str) -> dict[str, str]:
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module in this very Python environment."""
-    return [sys.executable, "-m", module, *arguments]
+    """The command that runs an installed module in this very Python environment.
+
+    Isolated (``-I``): neither the working folder nor ``PYTHONPATH`` nor a user's own packages are on the import path.
+    """
+    return [sys.executable, "-I", "-u", "-m", module, *arguments]
 
 
 def script(name: str, *arguments: str) -> list[str]:
