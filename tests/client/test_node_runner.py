@@ -285,6 +285,22 @@ def test_a_message_that_the_supernode_lost_ends_the_task_and_not_the_runner(tiny
     assert node.replies == []
 
 
+def test_a_reply_that_the_supernode_drops_is_not_followed_by_another(tiny_site: Site) -> None:
+    class Late(SuperNode):
+        """Its round is over: it drops the reply's objects while they arrive."""
+
+        def PushObject(self, request: Any) -> PushObjectResponse:
+            return PushObjectResponse(stored=False)
+
+    node = Late(message(RecordDict()), bundle_bytes())
+    done_by(tiny_site, node, make_app(lambda _: tiny_site.folder))
+    assert len(node.replies) == 1  # a second would go out in place of the next task's
+    assert [(output.sub_status, output.details) for output in node.outputs] == [("failed", "reply_lost")]
+    status = read_runner_status(tiny_site.folder)
+    assert status is not None and status.last is not None
+    assert status.last.outcome == "task_lost"
+
+
 def test_the_text_of_an_error_stays_at_home(tiny_site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     app = ClientApp()
 
@@ -421,13 +437,17 @@ def test_the_process_does_not_import_from_where_it_was_started(tmp_path: Path) -
     assert not (tmp_path / "owned").exists()
 
 
-def test_sigterm_is_a_clean_end_between_tasks() -> None:
+def test_sigterm_is_a_clean_end_but_for_half_a_reply() -> None:
     from fedsynth_client.node.runner import _end_on_signals
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _end_on_signals(SimpleNamespace(busy=True))  # type: ignore[arg-type]
+        runner = SimpleNamespace(busy=True, delivering=True, ending=False)
+        _end_on_signals(runner)  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)  # Flower's way to say that a token has died: what is trained goes on
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert runner.ending
+        runner.delivering = False
         with pytest.raises(SystemExit) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
         assert ended.value.code == 0

@@ -26,6 +26,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
 )
@@ -39,6 +40,7 @@ from fedsynth_client.node.admission import check_kind, check_size
 
 COORDINATOR = SUPERLINK_NODE_ID
 MessageLost = ObjectPullError
+ReplyLost = ObjectPushError
 _DRAIN_SECONDS = 600.0
 
 
@@ -148,8 +150,17 @@ def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:
 
 
 def answer(client: RuntimeHttpClient, announcement: Announcement, content: RecordDict) -> None:
-    """Send the reply and end the task. The reply goes first: the end of the task ends its token."""
-    push_message(client, Message(content, reply_to=announcement.message), announcement.context)
+    """Send the reply and end the task. The reply goes first: the end of the task ends its token.
+
+    Raises:
+        ReplyLost: the SuperNode dropped the reply while it was handed over, as it does when the round's time is up.
+    """
+    try:
+        push_message(client, Message(content, reply_to=announcement.message), announcement.context)
+    except ReplyLost:
+        # A task that is not ended would count as crashed a minute later, in the name of whichever message is in hand then.
+        push_task_output(client, None, SubStatus.FAILED, "reply_lost")
+        raise
     # Without a context: nothing of this task stays in the SuperNode's memory.
     push_task_output(client, None, SubStatus.COMPLETED, "")
 

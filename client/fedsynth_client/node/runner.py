@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 import httpx
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore import telemetry
 from flwr.supercore.run import RunNotRunningException
@@ -67,7 +67,7 @@ class Runner:
 
     def __init__(self, site: Site, app: ClientApp, door: RuntimeDoor, bundles: frozenset[str]) -> None:
         self.site = site
-        self.busy = False
+        self.busy = self.delivering = self.ending = False
         self._app = app
         self.door = door
         self._bundles = bundles
@@ -81,22 +81,13 @@ class Runner:
                 delivery.bound_responses(client, ALWAYS_BYTES + _RESPONSE_MARGIN)
                 announcement = delivery.announced(client)
                 what = _what(announcement)
-                try:
-                    outcome = self._answer(client, announcement)
-                except SystemExit:
-                    delivery.give_up(client, announcement, "site_stopped")
-                    raise
-                except (RunNotRunningException, delivery.MessageLost, httpx.HTTPError):
-                    raise
-                except Exception:
-                    outcome = "internal_error"
-                    self.site.log.exception("%s failed", what)
-                    delivery.answer(client, announcement, refusal(outcome))
+                outcome = self._answer(client, announcement)
         except RunNotRunningException:
             outcome = "run_ended"
             self.site.log.info("%s: the coordinator ended the run; the answer stays stored", what)
-        except (delivery.MessageLost, httpx.HTTPError) as error:
-            # The SuperNode has lost the task or is gone; what was trained is stored, for when it is asked for again.
+        except (delivery.MessageLost, delivery.ReplyLost, httpx.HTTPError) as error:
+            # The SuperNode has lost the task, dropped the reply or is gone; what was trained is stored, for when it is
+            # asked for again.
             outcome = "task_lost"
             self.site.log.warning("%s: the SuperNode does not know this task any more (%s)", what, type(error).__name__)
         except Exception as error:
@@ -107,19 +98,43 @@ class Runner:
             self._note(what, outcome, time.monotonic() - started)
 
     def _answer(self, client: RuntimeHttpClient, announcement: delivery.Announcement) -> str:
-        """Admit or refuse, answer, and end the task; returns the refusal's code or ``answered``."""
+        """Admit or refuse, answer, and end the task; returns the refusal's code or ``answered``.
+
+        A SuperNode sends one reply for every message that it takes. A second reply to the same message would go out in place
+        of the next one's, and all answers from then on would be one message late; so none is made once a reply was begun.
+        """
         try:
-            message = self._admit(client, announcement)
-        except Refused as error:
-            self.site.log.warning("%s refused: %s", _what(announcement), error, exc_info=error.__cause__)
-            content = refusal(error.code)
-            delivery.drain(client, announcement)
-        else:
-            content = self._app(message, announcement.context).content
-        delivery.discard(client, announcement)
-        delivery.answer(client, announcement, content)
+            content = self._content(client, announcement)
+        except SystemExit:
+            delivery.give_up(client, announcement, "site_stopped")
+            raise
+        self.delivering = True
+        try:
+            delivery.answer(client, announcement, content)
+        finally:
+            self.delivering = False
+        if self.ending:
+            raise SystemExit(ExitCode.OK)
         refused = content.config_records.get("refusal")
         return str(refused["code"]) if refused is not None else "answered"
+
+    def _content(self, client: RuntimeHttpClient, announcement: delivery.Announcement) -> RecordDict:
+        try:
+            try:
+                message = self._admit(client, announcement)
+            except Refused as error:
+                self.site.log.warning("%s refused: %s", _what(announcement), error, exc_info=error.__cause__)
+                content = refusal(error.code)
+                delivery.drain(client, announcement)
+            else:
+                content = self._app(message, announcement.context).content
+            delivery.discard(client, announcement)
+        except (RunNotRunningException, delivery.MessageLost, httpx.HTTPError):
+            raise
+        except Exception:
+            self.site.log.exception("%s failed", _what(announcement))
+            return refusal("internal_error")
+        return content
 
     def _admit(self, client: RuntimeHttpClient, announcement: delivery.Announcement) -> Message:
         metadata = announcement.message.metadata
@@ -200,6 +215,9 @@ def _check_silent() -> None:
 def _end_on_signals(runner: Runner) -> None:
     def end(number: int, frame: FrameType | None) -> None:
         signal.alarm(_SECONDS_TO_END)  # whatever still hangs then is ended by the operating system
+        if runner.delivering:  # a SuperNode waits for ever for the rest of half a reply
+            runner.ending = True
+            return
         raise SystemExit(ExitCode.OK)
 
     def locked_out(number: int, frame: FrameType | None) -> None:
