@@ -263,6 +263,29 @@ def test_the_next_start_ends_what_a_killed_supervisor_left(
     assert second.poll() is None
 
 
+def test_stopping_a_start_that_still_ends_leftovers_leaves_nothing(
+    tmp_path: Path, outside: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    slow = (
+        "import signal, sys, time\n"
+        "def end(*_):\n    time.sleep(2); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end); print('ready', flush=True); time.sleep(60)"
+    )
+    first = outside(("worker", slow))
+    log = tmp_path / "logs" / "worker.log"
+    wait_for(lambda: running_pid(tmp_path) and log.read_bytes())
+    orphan = running_pid(tmp_path)
+    assert orphan is not None
+    first.kill()
+    first.wait(20)
+
+    second = outside(("worker", slow))
+    wait_for(lambda: is_running(tmp_path))
+    stop(tmp_path, 20.0)
+    assert second.wait(20) == 0
+    assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_stranger_with_the_number_of_an_old_process_is_left_alone(tmp_path: Path) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:

@@ -220,14 +220,22 @@ def _port(study: Study, setting: str, host: str, port: int, process: str) -> str
 
 
 def _ours(study: Study, process: str, port: int) -> bool:
-    """Whether the study's own process, or what an earlier supervisor left of it, listens on `port`."""
+    """Whether the study's own process, or what a killed supervisor left of it, listens on `port`."""
     status = read_status(study.folder)
-    pids = [child.pid for child in (status.children if status else []) if child.name == process and child.pid]
-    try:
-        families = [member for pid in pids for member in (psutil.Process(pid), *psutil.Process(pid).children())]
-        return any(each.laddr.port == port for member in families for each in member.net_connections("inet"))
-    except psutil.Error:
-        return False
+    for child in status.children if status is not None else []:
+        if child.name != process or child.pid is None or child.started is None:
+            continue
+        try:
+            found = psutil.Process(child.pid)
+            if abs(found.create_time() - child.started) > 1.0:  # somebody else's by now
+                continue
+            family = [found, *found.children()]
+            return any(each.laddr.port == port for member in family for each in member.net_connections("inet"))
+        except psutil.AccessDenied:  # it lives, and its doors are not shown to this account
+            return True
+        except psutil.NoSuchProcess:
+            continue
+    return False
 
 
 def _processes(study: Study) -> str:

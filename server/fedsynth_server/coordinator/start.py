@@ -18,6 +18,7 @@ from fedsynth.deployment.supervisor import (
     start_detached,
     supervise,
 )
+from fedsynth.deployment.supervisor import read_status as supervisor_status
 from fedsynth.errors import FedsynthError, JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.progress import say
@@ -262,12 +263,12 @@ def run_detached(study: Study) -> None:
     deadline = time.monotonic() + _UP_SECONDS
     with open_control(study) as control:
         while time.monotonic() < deadline:
-            try:
-                control.nodes()
+            # What a killed supervisor left behind may still answer while the new one ends it.
+            state = supervisor_status(study.folder)
+            if state is not None and state.pid == pid and state.state == "running" and _answers(control):
                 say(f"started (process {pid}); see `fedsynth study status {study.folder}`")
                 return
-            except SuperlinkUnreachable:
-                time.sleep(0.5)
+            time.sleep(0.5)
             if _gone(pid):
                 raise JobFailed("start_failed", "The processes ended at once.", f"{log} says why.")
     raise JobFailed(
@@ -275,6 +276,14 @@ def run_detached(study: Study) -> None:
         f"SuperLink does not answer after {_UP_SECONDS:.0f} s.",
         f"The processes go on trying; {log} and its neighbours tell more.",
     )
+
+
+def _answers(control: Control) -> bool:
+    try:
+        control.nodes()
+    except SuperlinkUnreachable:
+        return False
+    return True
 
 
 def _gone(pid: int) -> bool:

@@ -52,6 +52,8 @@ class Child:
         environment: its whole environment (see `flower_environment`).
         stop_seconds: how long it may take to end after SIGTERM before it is killed.
         fatal_codes: exit codes after which a restart would only repeat the failure; they end all processes.
+        takes_along: processes that are started anew, too, when this one ends with an error, because they would wait for an
+            answer that it took with it.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Child:
     environment: dict[str, str]
     stop_seconds: float = 15.0
     fatal_codes: frozenset[int] = frozenset()
+    takes_along: frozenset[str] = frozenset()
 
 
 class ChildStatus(BaseModel):
@@ -154,17 +157,19 @@ def supervise(folder: Path, children: Sequence[Child], tick: Callable[[], bool] 
     """
     with _claimed(folder):
         since = datetime.now(UTC)
-        _end_leftovers(folder)
-        logs = folder / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        running = [_Running(child, _open_log(logs / f"{child.name}.log")) for child in children]
         stop = _Signals()
         state: SupervisorState = "failed"
-        with stop:  # also while the processes end: an impatient second Ctrl-C would leave them behind
+        # Also while leftovers and processes end: a signal that came then would leave them behind.
+        with stop:
+            _end_leftovers(folder)
+            logs = folder / "logs"
+            logs.mkdir(parents=True, exist_ok=True)
+            running = [_Running(child, _open_log(logs / f"{child.name}.log")) for child in children]
             try:
                 while not stop.seen and tick():
                     for each in running:
-                        _keep(each)
+                        if _keep(each):
+                            _restart([other for other in running if other.child.name in each.child.takes_along])
                         _turn_log(Path(each.log.name))
                     _write(folder, "running", since, running)
                     time.sleep(_TICK_SECONDS)
@@ -270,9 +275,9 @@ def _already_running(folder: Path) -> UsageError:
 
 
 def _end_leftovers(folder: Path) -> None:
-    """End the processes of a supervisor that was killed; one whose start time differs is somebody else's."""
+    """End the processes of a supervisor that was killed, the last one first; one whose start time differs is a stranger."""
     status = read_status(folder)
-    for child in status.children if status is not None else []:
+    for child in reversed(status.children) if status is not None else []:
         if child.pid is None or child.started is None:
             continue
         try:
@@ -289,15 +294,15 @@ def _end_leftovers(folder: Path) -> None:
             process.wait(_LEFTOVER_SECONDS)
 
 
-def _keep(each: _Running) -> None:
-    """Start the process if it is due; note if it ended."""
+def _keep(each: _Running) -> bool:
+    """Start the process if it is due; note if it ended, and return whether it did so with an error."""
     if each.process is None:
         if time.monotonic() >= each.start_at:
             _start(each)
-        return
+        return False
     code = each.process.poll()
     if code is None:
-        return
+        return False
     name = each.child.name
     _end_group(each.process.pid)
     each.process = None
@@ -312,6 +317,18 @@ def _keep(each: _Running) -> None:
     each.start_at = time.monotonic() + delay
     each.status = each.status.model_copy(update={"state": "waiting", "restarts": each.status.restarts + 1})
     _say(f"{name} ended with code {code}; starting it again in {delay:.0f} s")
+    return code != 0
+
+
+def _restart(others: Sequence[_Running]) -> None:
+    """End processes that run, to be started again at once."""
+    for each in others:
+        if each.process is not None:
+            _say(f"starting {each.child.name} anew")
+            restarts = each.status.restarts + 1
+            _end(each)
+            each.process, each.start_at = None, time.monotonic()
+            each.status = each.status.model_copy(update={"state": "waiting", "restarts": restarts})
 
 
 def _start(each: _Running) -> None:
