@@ -135,6 +135,26 @@ def test_a_steady_process_is_restarted_without_the_delay_of_earlier_failures(
     assert "again in 1" not in capfd.readouterr().err  # 0.1 s each time, which is said as 0 s
 
 
+def test_a_process_that_fails_takes_along_the_one_that_waits_for_it(tmp_path: Path) -> None:
+    mark = tmp_path / "starts"
+    waits = f"import time; open({str(mark)!r}, 'a').write('x'); time.sleep(60)"
+    works = "import time; time.sleep(0.5); raise SystemExit(1)"
+    children = [child("waiting", waits), child("working", works, takes_along=frozenset({"waiting"}))]
+    supervise(tmp_path, children, until(lambda: mark.is_file() and mark.read_text() == "xx"))
+    status = read_status(tmp_path)
+    assert status is not None and status.children[0].restarts == 1
+
+    mark.unlink()  # one that ends as it should leaves the other alone
+    children = [child("waiting", waits), child("working", "pass", takes_along=frozenset({"waiting"}))]
+
+    def ended_twice() -> bool:
+        status = read_status(tmp_path)
+        return status is not None and len(status.children) == 2 and status.children[1].restarts >= 2
+
+    supervise(tmp_path, children, until(ended_twice))
+    assert mark.read_text() == "x"
+
+
 def test_a_fatal_code_ends_all_and_says_so(tmp_path: Path) -> None:
     worker = child("worker", ENDURES)
     refused = child("node", "raise SystemExit(7)", fatal_codes=frozenset({7}))

@@ -153,7 +153,9 @@ def _runner(folder: Path) -> Child:
     command = python_module("fedsynth_client.node.runner", str(folder))
     # It speaks to the SuperNode and to nobody else, so it has no use for a proxy.
     environment = _without(flower_environment(_flower_home(folder, "runner")), _PROXIES)
-    return Child("runner", command, environment, fatal_codes=frozenset({_SETTINGS_WRONG}))
+    # A SuperNode waits a minute, and with half a reply for ever, for a runner that died with a task.
+    takes_along = frozenset({"supernode"})
+    return Child("runner", command, environment, fatal_codes=frozenset({_SETTINGS_WRONG}), takes_along=takes_along)
 
 
 def _flower_home(folder: Path, part: Part) -> Path:
