@@ -30,7 +30,7 @@ study=$trial/coordinator/study
 
 fedsynth study init "$study" --plan "$plan" --gateway "$address" "${weights[@]}"
 fedsynth deploy certs "$study" --gateway-name coordinator.example.org
-mkdir "$trial/offline" "$trial/coordinator/gateway-logs"
+mkdir "$trial/offline" "$trial/coordinator/gateway-logs" "$trial/coordinator/gateway-run"
 mv "$study/ca" "$trial/offline/"
 # The gateway is a container of its own, which shares the coordinator's loopback interface.
 sed -i 's/^managed = true$/managed = false/' "$study/coordinator.toml"
