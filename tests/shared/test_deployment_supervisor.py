@@ -306,6 +306,28 @@ def test_stopping_a_start_that_still_ends_leftovers_leaves_nothing(
     assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
 
 
+def test_workers_whose_master_was_killed_with_its_supervisor_are_ended(
+    tmp_path: Path, outside: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    master = (
+        "import subprocess, sys, time\n"
+        "worker = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(worker.pid, flush=True); time.sleep(60)"
+    )
+    first = outside(("worker", master))
+    log = tmp_path / "logs" / "worker.log"
+    wait_for(lambda: running_pid(tmp_path) and log.read_bytes())
+    worker, leader = int(log.read_text()), running_pid(tmp_path)
+    assert leader is not None
+    first.kill()
+    os.kill(leader, signal.SIGKILL)
+    first.wait(20)
+    assert psutil.pid_exists(worker)
+
+    supervise(tmp_path, [], lambda: False)
+    assert not psutil.pid_exists(worker) or psutil.Process(worker).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_stranger_with_the_number_of_an_old_process_is_left_alone(tmp_path: Path) -> None:
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:

@@ -16,7 +16,7 @@ from fedsynth.deployment.checks import Doubt, Line, check
 from fedsynth.deployment.health import serving
 from fedsynth.deployment.keys import check_private, read_secret
 from fedsynth.deployment.network import split_address
-from fedsynth.deployment.supervisor import is_running, read_status
+from fedsynth.deployment.supervisor import is_running, processes_of, read_status
 from fedsynth.errors import JobFailed, UsageError
 from fedsynth_server.coordinator import gateway
 from fedsynth_server.coordinator.progress import progress_of
@@ -222,20 +222,14 @@ def _port(study: Study, setting: str, host: str, port: int, process: str) -> str
 def _ours(study: Study, process: str, port: int) -> bool:
     """Whether the study's own process, or what a killed supervisor left of it, listens on `port`."""
     status = read_status(study.folder)
-    for child in status.children if status is not None else []:
-        if child.name != process or child.pid is None or child.started is None:
-            continue
-        try:
-            found = psutil.Process(child.pid)
-            if abs(found.create_time() - child.started) > 1.0:  # somebody else's by now
-                continue
-            family = [found, *found.children()]
-            return any(each.laddr.port == port for member in family for each in member.net_connections("inet"))
-        except psutil.AccessDenied:  # it lives, and its doors are not shown to this account
-            return True
-        except psutil.NoSuchProcess:
-            continue
-    return False
+    children = [child for child in (status.children if status is not None else []) if child.name == process]
+    try:
+        family = [member for child in children for member in processes_of(child)]
+        return any(each.laddr.port == port for member in family for each in member.net_connections("inet"))
+    except psutil.AccessDenied:  # it lives, and its doors are not shown to this account
+        return True
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _processes(study: Study) -> str:

@@ -274,24 +274,43 @@ def _already_running(folder: Path) -> UsageError:
     return UsageError("already_running", f"{folder} is running already.", "Ask for its status, or stop it first.")
 
 
+def processes_of(child: ChildStatus) -> list[psutil.Process]:
+    """What runs of a recorded process: itself and its group, also when the process itself is gone.
+
+    A number is not given to a new process while a group bears it, so a group without its leader is still the recorded
+    one's; one whose leader, or whose members, have other start times is a stranger's.
+    """
+    if child.pid is None or child.started is None:
+        return []
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) != child.pid or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            late = process.create_time() - child.started
+            if late < -1.0 or (process.pid == child.pid and late > 1.0):
+                return []
+            found.append(process)
+    return found
+
+
 def _end_leftovers(folder: Path) -> None:
-    """End the processes of a supervisor that was killed, the last one first; one whose start time differs is a stranger."""
+    """End the processes of a supervisor that was killed, the last one first; a stranger's are left alone."""
     status = read_status(folder)
     for child in reversed(status.children) if status is not None else []:
-        if child.pid is None or child.started is None:
+        family = processes_of(child)
+        if not family:
             continue
-        try:
-            process = psutil.Process(child.pid)
-            if abs(process.create_time() - child.started) < 1.0:
-                _say(f"{child.name} of an earlier start still runs; ending it")
+        _say(f"{child.name} of an earlier start still runs; ending it")
+        leader = [process for process in family if process.pid == child.pid]
+        for process in leader or family:
+            with suppress(psutil.NoSuchProcess):
                 process.terminate()
-                process.wait(_LEFTOVER_SECONDS)
-                _end_group(child.pid)
-        except psutil.NoSuchProcess:
-            continue
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(_LEFTOVER_SECONDS)
+        psutil.wait_procs(family, _LEFTOVER_SECONDS)
+        for process in processes_of(child):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, _LEFTOVER_SECONDS)
 
 
 def _keep(each: _Running) -> bool:
