@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedsynth.deployment.checks import show
@@ -23,6 +24,7 @@ from fedsynth.errors import FedsynthError, JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.progress import say
 from fedsynth_server.coordinator import gateway
+from fedsynth_server.coordinator.bounded_grid import reply_limit
 from fedsynth_server.coordinator.control import Control, SuperlinkUnreachable, open_control
 from fedsynth_server.coordinator.doctor import ready
 from fedsynth_server.coordinator.progress import progress_of
@@ -45,6 +47,7 @@ def children(study: Study) -> list[Child]:
     """The processes of a study, in the order in which they start."""
     settings = study.settings
     superlink = settings.superlink
+    limit = reply_limit(study.plan)
     # SuperLink is never spoken to through a proxy, wherever it listens.
     environment = flower_environment(study.folder.absolute() / "run" / "flower")
     host = split_address(study.superlink_address)[0]
@@ -52,8 +55,9 @@ def children(study: Study) -> list[Child]:
     processes = [
         Child(
             "superlink",
-            script(
-                "flower-superlink",
+            python_module(
+                "fedsynth_server.coordinator.superlink",
+                *(str(limit.objects), str(limit.bytes)),
                 *("--host", superlink.listen, "--port", str(superlink.port)),
                 *("--ssl-ca-certfile", str(study.path(superlink.ca))),
                 *("--ssl-certfile", str(study.path(superlink.certificate))),
@@ -247,7 +251,8 @@ def _begin(study: Study) -> None:
     if status is None or status.study != study.plan.digest:
         StatusFile(study.folder, study.plan).phase("waiting", "The processes are starting.")
     else:
-        again = {"phase": "waiting", "code": "", "message": "The processes are starting."}
+        message = "The processes are starting."
+        again = {"phase": "waiting", "code": "", "message": message, "since": datetime.now(UTC)}
         write_atomic(study.folder / STATUS, status.model_copy(update=again).model_dump_json(indent=2).encode())
 
 
