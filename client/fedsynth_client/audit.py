@@ -23,6 +23,8 @@ _HOLDS: dict[str, frozenset[str]] = {
     "sent": _TASK | {"sha256", "records", "to"},
 }
 
+_SHORTEST_HEAD = 12  # digits; what `fedsynth study status` shows
+
 
 def audit(site: Site, head: str | None = None) -> list[Line]:
     """Check the site's whole history, one line a question.
@@ -148,11 +150,12 @@ def _budget(site: Site) -> str:
 
 def _head(entries: list[Entry], head: str) -> str:
     for entry in entries:
-        if entry.digest == head:
+        if len(head) >= _SHORTEST_HEAD and entry.digest.startswith(head.lower()):
             return f"head: the one given is entry {entry.sequence} of {len(entries)}"
     raise Refused(
         "head_unknown",
-        "The head given is no entry of this ledger: the ledger is an older copy, or another one.",
+        f"The head given (at least {_SHORTEST_HEAD} digits of it) is no entry of this ledger: the ledger is an older copy, or "
+        "another one.",
         "Restore the newest ledger.",
     )
 

@@ -240,7 +240,8 @@ def sent(folder: SiteFolder, as_json: AsJson = False) -> None:
 def audit_verify(
     folder: SiteFolder,
     head: Annotated[
-        str | None, typer.Option(help="A ledger head that somebody else noted; it must be in the chain.")
+        str | None,
+        typer.Option(help="A ledger head that somebody else noted, or its first 12 digits; it must be in the chain."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

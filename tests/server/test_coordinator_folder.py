@@ -10,7 +10,7 @@ import pytest
 
 from fedsynth.errors import FedsynthError, UsageError
 from fedsynth.plan import StudyPlan, save_plan
-from fedsynth_server.checkpoint import first_state, save_state
+from fedsynth_server.checkpoint import Receipt, first_state, save_state
 from fedsynth_server.coordinator import logs
 from fedsynth_server.coordinator.progress import progress_of
 from fedsynth_server.coordinator.settings import FILE, Study
@@ -106,9 +106,12 @@ def test_progress_is_read_from_the_header_alone(study: Study, tiny_plan: StudyPl
     assert begun is not None and not begun.finished(tiny_plan)
     assert begun.summary(tiny_plan) == "autoencoder 0/2, radiogenomics 0/2, gan 0/2"
     done = {module: tiny_plan.training(module).rounds for module in tiny_plan.modules}
-    save_state(replace(state, rounds={**state.rounds, **done}), study.folder)
+    old, new = (Receipt(digit * 64, 1.0, 1.0, 4, True, order) for digit, order in (("a", 1), ("b", 2)))
+    receipts = {"north": {"gan": new, "autoencoder": old}}
+    save_state(replace(state, rounds={**state.rounds, **done}, receipts=receipts), study.folder)  # type: ignore[arg-type]
     ended = progress_of(study.folder, tiny_plan)
     assert ended is not None and ended.finished(tiny_plan)
+    assert ended.heads == {"north": "b" * 64}
 
 
 def test_progress_of_another_plan_is_refused(study: Study, tiny_plan: StudyPlan) -> None:

@@ -26,6 +26,7 @@ class SiteView(BaseModel):
         registered: whether SuperLink knows its key; None while SuperLink does not answer.
         online: whether it is connected; None while SuperLink does not answer.
         last_seen: when it last connected or left.
+        head: the newest entry of its ledger that the coordinator has a receipt of; for `fedsynth site audit verify --head`.
         state: what the study last saw of it, with `code`, `module`, `round` and `since`.
     """
 
@@ -35,6 +36,7 @@ class SiteView(BaseModel):
     registered: bool | None = None
     online: bool | None = None
     last_seen: datetime | None = None
+    head: str = ""
     state: str = "unknown"
     code: str = ""
     module: str = ""
@@ -113,8 +115,9 @@ def overview(study: Study) -> Overview:
     try:
         progress = progress_of(study.folder, plan)
         done, finished = (progress.summary(plan), progress.finished(plan)) if progress else ("nothing", False)
+        heads = progress.heads if progress else {}
     except FedsynthError as error:
-        done, finished = error.message, False
+        done, finished, heads = error.message, False, {}
     gathered = Overview(
         study=plan.name,
         digest=plan.digest,
@@ -131,7 +134,7 @@ def overview(study: Study) -> Overview:
         since=status.since if status else None,
         run=run,
         min_sites=plan.aggregation.min_sites,
-        sites=[_site(name, status, registry, known) for name in (site.name for site in plan.sites)],
+        sites=[_site(site.name, status, registry, known, heads.get(site.name, "")) for site in plan.sites],
         advice=[],
     )
     return gathered.model_copy(update={"advice": advice(gathered, study.folder)})
@@ -162,7 +165,9 @@ def _asked(study: Study) -> tuple[dict[str, Any] | None, str]:
     return nodes, f"{runs[0].status}{outcome}"
 
 
-def _site(name: str, status: StudyStatus | None, registry: Registry, known: dict[str, Any] | None) -> SiteView:
+def _site(
+    name: str, status: StudyStatus | None, registry: Registry, known: dict[str, Any] | None, head: str
+) -> SiteView:
     record = registry.valid().get(name)
     node = known.get(record.public_key.strip()) if record is not None and known is not None else None
     seen = status.sites.get(name) if status is not None else None
@@ -173,6 +178,7 @@ def _site(name: str, status: StudyStatus | None, registry: Registry, known: dict
         registered=None if known is None else node is not None,
         online=None if known is None else node is not None and node.online,
         last_seen=node.last_seen if node is not None else None,
+        head=head,
         **(seen.model_dump() if seen is not None else {}),
     )
 
@@ -251,7 +257,8 @@ def _site_line(site: SiteView) -> str:
         presence = "added, not registered yet"
     seen = f"{site.state} {site.module} {site.round}".strip() if site.module else ""
     code = f" [{site.code}]" if site.code else ""
-    return f"{presence}" + (f", {seen}{code}{_since(site.since)}" if seen else "")
+    ledger = f", ledger {site.head[:12]}" if site.head else ""
+    return f"{presence}" + (f", {seen}{code}{_since(site.since)}" if seen else "") + ledger
 
 
 def _since(moment: datetime | None) -> str:

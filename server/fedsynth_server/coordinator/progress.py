@@ -21,11 +21,13 @@ class Progress:
         study: digest of the plan that the checkpoint is of.
         rounds: completed rounds by module.
         fitted: statistics whose fit is done.
+        heads: by site, the newest entry of its ledger that the coordinator has a receipt of.
     """
 
     study: str
     rounds: dict[Module, int]
     fitted: frozenset[Module]
+    heads: dict[str, str]
 
     def finished(self, plan: StudyPlan) -> bool:
         """Whether nothing of `plan` is left to do."""
@@ -51,7 +53,12 @@ def read_progress(folder: Path) -> Progress | None:
             if size > _LARGEST_HEADER:
                 raise ValueError("no header of that size")
             state = json.loads(json.loads(stream.read(size))["__metadata__"]["state"])
-        return Progress(state["study"], state["rounds"], frozenset(state["fits"]))
+        newest = {
+            site: max(receipts.values(), key=lambda receipt: receipt["order"])["head"]
+            for site, receipts in state["receipts"].items()
+            if receipts
+        }
+        return Progress(state["study"], state["rounds"], frozenset(state["fits"]), newest)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
