@@ -154,7 +154,7 @@ def _head(entries: list[Entry], head: str) -> str:
             return f"head: the one given is entry {entry.sequence} of {len(entries)}"
     raise Refused(
         "head_unknown",
-        f"The head given (at least {_SHORTEST_HEAD} digits of it) is no entry of this ledger: the ledger is an older copy, or "
+        f"The head given (at least {_SHORTEST_HEAD} digits) is no entry of this ledger: the ledger is an older copy, or "
         "another one.",
         "Restore the newest ledger.",
     )
