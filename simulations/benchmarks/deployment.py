@@ -32,6 +32,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
@@ -54,11 +55,13 @@ from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import load_state
 from fedsynth_server.coordinator.control import open_control
 from fedsynth_server.coordinator.settings import Study
+from fedsynth_server.status import read_status
 from fedsynth_server.warm_start import public_starts
 from fedsynth_simulations.benchmarking.cohorts import Patients, at_size, draw_site
 from fedsynth_simulations.benchmarking.deployment import (
     STUDY,
     Federation,
+    Missed,
     Watch,
     wait_until,
     write_cohort,
@@ -70,8 +73,8 @@ from fedsynth_simulations.benchmarking.deployment_figures import (
     page,
     passed,
     rounds_of,
+    slowest,
     spread,
-    task_seconds,
     usage_between,
 )
 from fedsynth_simulations.cohort.anatomy import Anatomy
@@ -85,13 +88,38 @@ _SEED = 5
 _ROUNDS = 7  # of the adversarial module; the first, which loads a cohort, is left out of the medians
 _IDLE_SECONDS = 20.0
 _FIT_STEPS = 10  # not 150: fitting is the coordinator's own work and the same in both
+_ONLINE = "the coordinator sees it online"
 _UP_SECONDS, _ROUND_SECONDS, _STUDY_SECONDS = 120.0, 240.0, 900.0
+
+
+@dataclass(frozen=True)
+class _Kill:
+    """SIGKILL to one process and to nothing else; its supervisor starts it again."""
+
+    what: str
+    whose: str
+    which: str
+
+    def __call__(self, federation: Federation) -> None:
+        os.kill(federation.pids(self.whose)[self.which], signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Something that is broken, left so for some seconds, and mended."""
+
+    what: str
+    seconds: float
+    begin: Callable[[Federation], None]
+    end: Callable[[Federation], None]
+
+
 _KILLS = {
-    "superlink": ("study", "superlink"),
-    "study-runner": ("study", "runner"),
-    "gateway": ("study", "gateway"),
-    "site-runner": (SITES[0].name, "runner"),
-    "supernode": (SITES[0].name, "supernode"),
+    "superlink": _Kill("SuperLink killed", STUDY, "superlink"),
+    "study-runner": _Kill("study runner killed", STUDY, "runner"),
+    "gateway": _Kill("gateway killed", STUDY, "gateway"),
+    "site-runner": _Kill("runner of one site killed", SITES[0].name, "runner"),
+    "supernode": _Kill("SuperNode of one site killed", SITES[0].name, "supernode"),
 }
 
 
@@ -219,9 +247,9 @@ def _plan_part(root: Path, name: str, cohorts: Mapping[str, Patients]) -> dict[s
     federation = Federation(root / "deployed", plan)
     federation.root.mkdir(parents=True)
     with closing(federation):
-        federation.lay_out(patients, start)
+        federation.lay_out(patients, start, absent_s=_STUDY_SECONDS)  # the first round waits for all
         with Watch(federation) as watch:
-            started, idle, online = _start_all(federation, watch)
+            started, idle, online = _start_all(federation)
             wait_until(federation.finished, _STUDY_SECONDS, "the study")
             ended = time.time()
     return {
@@ -280,16 +308,17 @@ def _in_process(
     return [*grid.notes, {"module": "", "round": 0, "began": time.time()}]
 
 
-def _start_all(federation: Federation, watch: Watch) -> tuple[dict[str, dict[str, float]], tuple[float, float], float]:
+def _start_all(federation: Federation) -> tuple[dict[str, dict[str, float]], tuple[float, float], float]:
     """Start everybody; returns seconds until each part answered, a quiet window, and when the last site came online."""
     study, sites = Study(federation.folder(STUDY)), federation.sites
     context = ssl.create_default_context(cafile=str(federation.folder(STUDY) / "keys" / "ca.crt"))
     log = federation.folder(STUDY) / "logs" / "runner.log"
 
+    # Whatever proxy the environment names: this call stays on this machine.
+    browser = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+
     def gateway() -> bool:
-        with urllib.request.urlopen(
-            f"https://{study.gateway_local_address}/health", context=context, timeout=2
-        ) as answer:
+        with browser.open(f"https://{study.gateway_local_address}/health", timeout=2) as answer:
             return bool(answer.status == 200)
 
     started = {
@@ -308,21 +337,25 @@ def _start_all(federation: Federation, watch: Watch) -> tuple[dict[str, dict[str
             folder = federation.folder(name)
             health = load_settings(folder).health_listen
             if name == sites[-1]:  # those that are there have answered, and the round waits for this one
-                wait_until(
-                    lambda: {t.site for t in watch.tasks} >= set(sites[:-1]), _ROUND_SECONDS, "the first answers"
-                )
+                wait_until(lambda: _have_answered(study, sites[:-1]), _ROUND_SECONDS, "the first answers")
                 quiet = time.time() + 2
                 time.sleep(2 + _IDLE_SECONDS)
                 idle = (quiet, time.time())
             probes: dict[str, Callable[[], bool]] = {
                 "SuperNode serves (gRPC health)": lambda health=health: bool(serving(health)),  # type: ignore[misc]
                 "the runner is ready": lambda folder=folder: (folder / "run" / "runner.json").is_file(),  # type: ignore[misc]
-                "the coordinator sees it online": lambda name=name: any(  # type: ignore[misc]
+                _ONLINE: lambda name=name: any(  # type: ignore[misc]
                     node.name == name and node.online for node in control.nodes()
                 ),
             }
             started[f"site start ({name})"] = _started(federation, name, probes)
-    return started, idle, time.time()
+    last = started[f"site start ({sites[-1]})"]
+    return started, idle, time.time() - max(last.values()) + last[_ONLINE]
+
+
+def _have_answered(study: Study, sites: list[str]) -> bool:
+    status = read_status(study.folder)
+    return status is not None and all(status.sites[site].state == "answered" for site in sites)
 
 
 def _started(federation: Federation, whose: str, probes: Mapping[str, Callable[[], bool]]) -> dict[str, float]:
@@ -358,7 +391,7 @@ def _measured(plan: StudyPlan) -> list[str]:
 
 
 def _round_figures(plan: StudyPlan, watch: Watch, in_process: list[dict[str, Any]]) -> dict[str, Any]:
-    work, figures = task_seconds(watch.tasks), {}
+    work, figures = slowest(watch.tasks), {}
     for module in _measured(plan):
         here: dict[str, list[float]] = {"seconds": [], "site_seconds": []}
         firsts = [n for n, note in enumerate(in_process) if n == 0 or _key(in_process[n - 1]) != _key(note)]
@@ -368,14 +401,19 @@ def _round_figures(plan: StudyPlan, watch: Watch, in_process: list[dict[str, Any
                 here["seconds"].append(in_process[after]["began"] - notes[0]["began"])
                 here["site_seconds"].append(sum(note["ended"] - note["began"] for note in notes))
         rounds = [r for r in rounds_of(watch.checkpoints) if r.module == module and r.number > 1]
-        slowest = [max(work[module, r.number].values()) for r in rounds]
-        rest = [r.seconds - seconds for r, seconds in zip(rounds, slowest, strict=True)]
+        done = [work[module, r.number] for r in rounds]
         here_rest = [a - b for a, b in zip(here["seconds"], here["site_seconds"], strict=True)]
-        deployed = {"seconds": [r.seconds for r in rounds], "slowest_site_seconds": slowest, "rest_seconds": rest}
+        deployed = {
+            "seconds": [r.seconds for r in rounds],
+            "training_seconds": [task.training for task in done],
+            "handling_seconds": [task.seconds - task.training for task in done],
+            "rest_seconds": [r.seconds - task.seconds for r, task in zip(rounds, done, strict=True)],
+        }
+        overhead = [r.seconds - task.training for r, task in zip(rounds, done, strict=True)]
         figures[module] = {
             "in_process": {name: spread(values) for name, values in (here | {"rest_seconds": here_rest}).items()},
             "deployed": {name: spread(values) for name, values in deployed.items()},
-            "overhead_seconds": round(spread(rest)["median"] - spread(here_rest)["median"], 3),
+            "overhead_seconds": round(spread(overhead)["median"] - spread(here_rest)["median"], 3),
         }
     return figures
 
@@ -418,67 +456,53 @@ def passed_in(federation: Federation, each: Round, online: float) -> dict[str, t
 
 
 def _faults_part(root: Path, cohorts: Mapping[str, Patients], outages: list[float], kills: list[str]) -> dict[str, Any]:
-    faults: list[tuple[str, float, Callable[[Federation], None], Callable[[Federation], None]]] = []
-    for seconds in outages:
-        faults.append((f"gateway out of reach for all sites, {seconds:.0f} s, refused", seconds, _refuse, _restore))
+    faults = [
+        _Fault(f"gateway out of reach of all sites, {seconds:.0f} s, refused", seconds, _refuse, _restore)
+        for seconds in outages
+    ]
     if outages:
-        faults.append((f"the same, {outages[0]:.0f} s, silent", outages[0], _hold, _restore))
-    for name in kills:
-        whose, which = _KILLS[name]
-        what = f"{which} of the coordinator killed" if whose == STUDY else f"{which} of one site killed"
-        faults.append((what, 0.0, lambda f, whose=whose, which=which: _kill(f, whose, which), _nothing))  # type: ignore[misc]
-    # A round before, one for each fault, one to see what an undisturbed round takes, two to go on.
-    plan = _with_rounds(_plan("faults"), 2 * len(faults) + 5)
+        faults.append(_Fault(f"the same, {outages[0]:.0f} s, silent", outages[0], _hold, _restore))
+    faults += [_Fault(_KILLS[name].what, 0.0, _KILLS[name], _nothing) for name in kills]
+    # Three rounds before, one for each fault and some that it may miss, the rest to go on undisturbed.
+    plan = _with_rounds(_plan("faults"), 3 + len(faults) + max(3, len(faults) // 2))
     federation = Federation(root, plan)
     root.mkdir(parents=True)
-    found, hit = [], set[int]()
+    found, hit, finished = list[dict[str, Any]](), set[int](), False
     with closing(federation):
         federation.lay_out(_sized(cohorts, plan))
         with Watch(federation) as watch:
             for whose in (STUDY, *federation.sites):
                 federation.start(whose)
             wait_until(lambda: federation.done().get("gan", 0) >= 3, _STUDY_SECONDS, "the third round")
-            for what, seconds, begin, end in faults:
-                number, recovery = _strike(federation, what, seconds, begin, end)
-                hit |= {number, number + 1}
-                answered = _answered(federation, number)
-                twice = charged_twice({site: federation.charges(site) for site in federation.sites})
-                _say(
-                    f"{what}: round {number} complete {recovery:.1f} s later, {answered} sites, charged twice: {twice}"
-                )
-                found.append(
-                    {
-                        "fault": what,
-                        "down_seconds": seconds,
-                        "recovery_seconds": round(recovery, 1),
-                        "round": number,
-                        "sites_in_round": answered,
-                        "sites": len(federation.sites),
-                        "charged_twice": twice,
-                    }
-                )
-            wait_until(federation.finished, _STUDY_SECONDS, "the end of the study")
+            try:
+                for fault in faults:
+                    found.append(_one_fault(federation, fault))
+                    hit |= {found[-1]["round"], found[-1]["round"] + 1}
+                    _say(json.dumps(found[-1]))
+                wait_until(federation.finished, _STUDY_SECONDS, "the end of the study")
+                finished = True
+            except Missed as error:  # a finding, too
+                _say(f"the study did not go on: {error}")
     charges = {site: federation.charges(site) for site in federation.sites}
     calm = [r.seconds for r in rounds_of(watch.checkpoints) if r.module == "gan" and r.number not in hit | {1}]
     return {
         "faults": found,
+        "tried": [fault.what for fault in faults],
         "undisturbed_seconds": spread(calm),
-        "finished": federation.finished(),
+        "finished": finished,
         "rounds": sum(federation.done().values()),
         "charges": sum(map(len, charges.values())),
         "charged_twice": charged_twice(charges),
     }
 
 
-def _strike(
-    federation: Federation,
-    what: str,
-    seconds: float,
-    begin: Callable[[Federation], None],
-    end: Callable[[Federation], None],
-) -> tuple[int, float]:
-    """Break something while all sites train; returns the round's number and seconds from the end until it is complete."""
-    number = federation.done()["gan"] + 1
+def _one_fault(federation: Federation, fault: _Fault) -> dict[str, Any]:
+    """Break something while all sites train, mend it, and wait until the round that was hit is complete.
+
+    Raises:
+        Missed: it never is.
+    """
+    number = 0
 
     def training() -> bool:
         nonlocal number
@@ -486,13 +510,22 @@ def _strike(
         return all(("gan", number) in federation.charges(site) for site in federation.sites)
 
     wait_until(training, _ROUND_SECONDS, "a round that all sites train in")
-    begin(federation)
-    _say(f"{what}: begun in round {number}")
-    time.sleep(seconds)
-    end(federation)
-    return number, wait_until(
-        lambda: federation.done()["gan"] >= number, _ROUND_SECONDS + seconds, f"round {number} after: {what}"
+    fault.begin(federation)
+    _say(f"{fault.what}: begun in round {number}")
+    time.sleep(fault.seconds)
+    fault.end(federation)
+    recovery = wait_until(
+        lambda: federation.done()["gan"] >= number, _ROUND_SECONDS + fault.seconds, f"{fault.what}: round {number}"
     )
+    return {
+        "fault": fault.what,
+        "down_seconds": fault.seconds,
+        "recovery_seconds": round(recovery, 1),
+        "round": number,
+        "sites_in_round": _answered(federation, number),
+        "sites": len(federation.sites),
+        "charged_twice": charged_twice({site: federation.charges(site) for site in federation.sites}),
+    }
 
 
 def _answered(federation: Federation, number: int) -> int:
@@ -515,10 +548,6 @@ def _hold(federation: Federation) -> None:
 def _restore(federation: Federation) -> None:
     for relay in federation.relays.values():
         relay.restore()
-
-
-def _kill(federation: Federation, whose: str, which: str) -> None:
-    os.kill(federation.pids(whose)[which], signal.SIGKILL)
 
 
 def _nothing(federation: Federation) -> None:

@@ -24,8 +24,8 @@ from fedsynth_simulations.benchmarking.deployment_figures import (
     page,
     passed,
     rounds_of,
+    slowest,
     task_round,
-    task_seconds,
     usage_between,
 )
 
@@ -46,12 +46,14 @@ def test_a_checkpoint_that_was_missed_makes_no_round_of_twice_the_length() -> No
 
 def test_tasks_are_known_by_module_and_round_and_only_answers_count() -> None:
     assert task_round("'query.site'") is None
-    done = [
-        TaskDone("a", 1.0, "'train.gan' round 2", "answered", 3.5),
-        TaskDone("b", 1.0, "'train.gan' round 2", "internal_error", 0.1),
-        TaskDone("b", 2.0, "'query.site'", "answered", 0.1),
+    answered = [
+        TaskDone(site, "'train.gan' round 2", "answered", seconds, 0.2) for site, seconds in (("a", 3.5), ("b", 4.0))
     ]
-    assert task_seconds(done) == {("gan", 2): {"a": 3.5}}
+    others = [
+        TaskDone("c", "'train.gan' round 2", "internal_error", 9.0, 0.0),
+        TaskDone("c", "'query.site'", "answered", 9.0, 0.0),
+    ]
+    assert slowest([*answered, *others]) == {("gan", 2): answered[1]}
 
 
 def test_bytes_are_counted_after_the_beginning_and_up_to_the_end() -> None:
@@ -88,6 +90,7 @@ def _found(finished: bool, twice: dict[str, list[str]]) -> dict[str, object]:
         "command": "python benchmark.py",
         "faults": {
             "faults": [{**fault, "charged_twice": twice}],
+            "tried": ["SuperLink killed"],
             "undisturbed_seconds": spread,
             "finished": finished,
             "rounds": 9,

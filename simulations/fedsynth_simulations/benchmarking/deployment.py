@@ -214,15 +214,21 @@ class Federation:
         """The folder of the coordinator (``"study"``) or of a site."""
         return self.root / whose
 
-    def lay_out(self, cohorts: Mapping[str, Patients], warm_start: Path | None = None) -> None:
-        """Make all folders, keys and registrations; start the relays."""
+    def lay_out(self, cohorts: Mapping[str, Patients], warm_start: Path | None = None, **study_settings: float) -> None:
+        """Make all folders, keys and registrations; start the relays.
+
+        Args:
+            cohorts: patients by site.
+            warm_start: the plan's public weights, if it names any.
+            **study_settings: ``patience_s`` and ``absent_s`` of coordinator.toml.
+        """
         plan_path, study, port = self.root / "plan.toml", self.folder(STUDY), free_port()
         save_plan(self.plan, plan_path)
         gateway = f"127.0.0.1:{port}"
         weights = ("--weights", warm_start) if warm_start is not None else ()
         _type("study", "init", study, "--plan", plan_path, "--gateway", gateway, *weights)
         superlink = {"port": free_port(), "health_port": free_port()}
-        _edit(study / "coordinator.toml", gateway={"listen": gateway}, superlink=superlink)
+        _edit(study / "coordinator.toml", gateway={"listen": gateway}, superlink=superlink, study=study_settings)
         _type("deploy", "certs", study, "--gateway-name", "127.0.0.1")
         for name in self.sites:
             self._lay_out_site(name, cohorts[name], plan_path, port)
@@ -269,7 +275,7 @@ class Federation:
     def done(self) -> dict[str, int]:
         """Completed rounds by module."""
         progress = progress_of(self.folder(STUDY), self.plan)
-        return {} if progress is None else {**progress.rounds}
+        return {} if progress is None else {str(module): count for module, count in progress.rounds.items()}
 
     def charges(self, site: str) -> list[tuple[str, int]]:
         """Rounds (module, number) that a site's ledger was charged for, one entry a charge."""
@@ -331,6 +337,7 @@ class Watch:
         self.samples: list[Sample] = []
         self._federation = federation
         self._seen: dict[str, int] = {}
+        self._entries: dict[str, list[float]] = {site: [] for site in federation.sites}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -357,12 +364,17 @@ class Watch:
         if self._is_new("checkpoint", path):
             at = path.stat().st_mtime_ns / 1e9
             self.checkpoints.append(Checkpoint(at, federation.done()))
-        for site in federation.sites:
+        for site, entries in self._entries.items():
+            ledger = federation.folder(site) / "ledger.sqlite"
+            if self._is_new(f"{site}'s ledger", ledger):  # a charge, an answer stored, an answer sent
+                entries.append(ledger.stat().st_mtime_ns / 1e9)
             if self._is_new(site, federation.folder(site) / "run" / "runner.json"):
                 status = read_runner_status(federation.folder(site))
                 if status is not None and status.last is not None:
                     last = status.last
-                    self.tasks.append(TaskDone(site, last.at.timestamp(), last.what, last.outcome, last.seconds))
+                    training = entries[-1] - entries[0] if entries else 0.0
+                    self.tasks.append(TaskDone(site, last.what, last.outcome, last.seconds, training))
+                entries.clear()
 
     def _is_new(self, what: str, path: Path) -> bool:
         version = path.stat().st_mtime_ns if path.is_file() else 0

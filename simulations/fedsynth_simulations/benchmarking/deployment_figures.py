@@ -37,13 +37,13 @@ class Checkpoint(NamedTuple):
 
 
 class TaskDone(NamedTuple):
-    """A site's runner is done with a task: site, when, what, how it ended, and how long (s) it took."""
+    """A site's runner is done with a task: what, how it ended, seconds in all, seconds from the charge to the answer."""
 
     site: str
-    at: float
     what: str
     outcome: str
     seconds: float
+    training: float
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def task_round(what: str) -> tuple[str, int] | None:
     return (named["module"], int(named["round"])) if named else None
 
 
-def task_seconds(tasks: Iterable[TaskDone]) -> dict[tuple[str, int], dict[str, float]]:
-    """Seconds that each site worked on each round's answer: (module, round) -> site -> seconds."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
+def slowest(tasks: Iterable[TaskDone]) -> dict[tuple[str, int], TaskDone]:
+    """The answer that took longest, by module and round."""
+    found: dict[tuple[str, int], TaskDone] = {}
     for task in tasks:
         named = task_round(task.what)
         if named is not None and task.outcome == "answered":
-            found.setdefault(named, {})[task.site] = task.seconds
+            found[named] = max(found.get(named, task), task, key=lambda each: each.seconds)
     return found
 
 
@@ -196,7 +196,8 @@ def rounds_table(parts: Mapping[str, Mapping[str, Any]]) -> str:
                     _spread(here["seconds"], 2),
                     _spread(here["site_seconds"], 2),
                     _spread(there["seconds"], 2),
-                    _spread(there["slowest_site_seconds"], 2),
+                    _spread(there["training_seconds"], 2),
+                    _spread(there["handling_seconds"], 2),
                     _spread(there["rest_seconds"], 2),
                     f"{found['overhead_seconds']:.2f}",
                 )
@@ -207,7 +208,8 @@ def rounds_table(parts: Mapping[str, Mapping[str, Any]]) -> str:
         "in process: a round",
         "of it, work of all sites",
         "deployed: a round",
-        "of it, slowest site's work",
+        "of it, slowest site: training",
+        "slowest site: fetch, hand over",
         "the rest",
         "overhead",
     )
@@ -279,12 +281,15 @@ def page(found: Mapping[str, Any]) -> str:
             if not faults["charged_twice"]
             else f"**rounds were charged twice: {faults['charged_twice']}**"
         )
+        left = [what for what in faults["tried"] if what not in {e["fault"] for e in faults["faults"]}]
+        if left:
+            finished = f"**The study did not go on after: {left[0]}**"
         longest = max((e["down_seconds"] for e in faults["faults"]), default=0)
         sections += [
             _FAULTS.format(normal=_spread(faults["undisturbed_seconds"])),
             faults_table(faults["faults"]),
             f"{finished}, and {charges} ({faults['rounds']} rounds, {faults['charges']} charges over the sites). "
-            f"Longest outage that was tried: {longest:.0f} s.",
+            f"Longest outage survived: {longest:.0f} s; longer ones were not tried.",
         ]
     return "\n\n".join(sections) + "\n"
 
@@ -321,9 +326,11 @@ _ROUNDS = """\
 ## Seconds a round
 
 The same plan in one process (`fedsynth simulate`'s grid: no network, no other process, sites one after another) and deployed
-(sites side by side). Median (least to greatest). `The rest` is the round without its slowest site's work: polling, TLS,
-gateway, SuperLink, aggregation and checkpoint. `Overhead` is that less what a round in one process takes beside its sites'
-work. A site's work includes fetching task and weights from its SuperNode and handing the answer over.
+(sites side by side). Median (least to greatest). Training: from the charge in the ledger to the answer that is ready. Fetch,
+hand over: the rest of the site's task, in which its runner gets task and weights from its SuperNode, looks at cohort and
+ledger, and gives the answer back. The rest: the round without its slowest site's task: polling, TLS, gateway, SuperLink,
+aggregation, checkpoint. **Overhead**: a deployed round without its slowest site's training, less what a round in one
+process takes beside its sites' work.
 
 `small`: 32 pixels, narrow networks. `main`: the networks of `fedsynth simulate` (64 pixels, packaged public weights) with
 `gan` rounds of few steps, so that the benchmark stays short: a real round has more steps, and the same rest."""
