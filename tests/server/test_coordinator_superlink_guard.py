@@ -1,0 +1,118 @@
+"""What SuperLink lets nodes push: replies of their own, no larger than a reply can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import HTTPException
+from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
+from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest, PushObjectResponse
+from flwr.proto.node_pb2 import Node
+from flwr.superlink.servicer.fleet import fleet_handlers
+
+from fedsynth_server.coordinator.superlink import Guard, install, main
+
+NODE, SUPERLINK = 77, 1
+
+
+def pushed(children: int = 3, **metadata: Any) -> PushMessagesRequest:
+    """A reply of `NODE` made of so many objects beside the message, as a SuperNode announces it."""
+    known: dict[str, Any] = {
+        "message_id": "m",
+        "src_node_id": NODE,
+        "dst_node_id": SUPERLINK,
+        "reply_to_message_id": "task",
+        **metadata,
+    }
+    tree = ObjectTree(object_id="m", children=[ObjectTree(object_id=f"o{i}") for i in range(children)])
+    message = Message(metadata=Metadata(**known))
+    return PushMessagesRequest(node=Node(node_id=NODE), messages_list=[message], message_object_trees=[tree])
+
+
+def take_messages(request: PushMessagesRequest, state: Any) -> PushMessagesResponse:
+    return PushMessagesResponse(session_id="taken")
+
+
+def take_object(request: PushObjectRequest, state: Any) -> PushObjectResponse:
+    return PushObjectResponse(stored=True)
+
+
+def refused(request: PushMessagesRequest) -> bool:
+    try:
+        Guard(objects=10, bytes=100).push_messages(request, None, take_messages)
+    except HTTPException as error:
+        assert (error.status_code, error.detail) == (403, "not allowed")
+        return True
+    return False
+
+
+def test_a_reply_of_its_own_is_taken() -> None:
+    assert not refused(pushed()) and not refused(pushed(children=9))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"src_node_id": 78},  # another site's
+        {"src_node_id": SUPERLINK},  # in the coordinator's name
+        {"src_node_id": SUPERLINK, "dst_node_id": 78, "reply_to_message_id": ""},  # a task for another site
+        {"dst_node_id": 78},
+        {"reply_to_message_id": ""},
+        {"message_id": "other"},
+    ],
+)
+def test_what_is_no_reply_of_its_own_is_refused(metadata: dict[str, Any]) -> None:
+    assert refused(pushed(**metadata))
+
+
+def test_a_reply_of_too_many_objects_is_refused() -> None:
+    assert refused(pushed(children=10))
+    deep = ObjectTree(object_id="x")
+    for _ in range(50):
+        deep = ObjectTree(object_id="x", children=[deep])
+    nested = pushed(children=0)
+    nested.message_object_trees[0].children.append(deep)
+    assert refused(nested)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_other_than_one_message_is_refused(count: int) -> None:
+    request = pushed()
+    one = request.messages_list[0]
+    del request.messages_list[:]
+    request.messages_list.extend([one] * count)
+    assert refused(request)
+
+
+def test_the_bytes_of_a_reply_are_counted_together() -> None:
+    guard = Guard(objects=10, bytes=100)
+
+    def push(session: str, size: int) -> bool:
+        request = PushObjectRequest(node=Node(node_id=NODE), session_id=session, object_content=bytes(size))
+        try:
+            return guard.push_object(request, None, take_object).stored
+        except HTTPException as error:
+            assert error.status_code == 403
+            return False
+
+    assert push("one", 60) and push("one", 40)
+    assert not push("one", 1)
+    assert push("two", 100) and not push("three", 101)
+    assert not push("", 1)  # Flower would look for a reply that it fits to, and count for none
+
+
+def test_flowers_own_calls_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_handlers, "push_messages", take_messages)
+    monkeypatch.setattr(fleet_handlers, "push_object", take_object)
+    install(Guard(objects=10, bytes=100))
+    assert fleet_handlers.push_messages(request=pushed(), state=None).session_id == "taken"
+    with pytest.raises(HTTPException):
+        fleet_handlers.push_messages(request=pushed(src_node_id=78), state=None)
+    with pytest.raises(HTTPException):
+        fleet_handlers.push_object(request=PushObjectRequest(session_id=""), state=None)
+
+
+@pytest.mark.parametrize("arguments", [[], ["10"], ["ten", "100"], ["10", "-1"]])
+def test_without_limits_it_does_not_start(arguments: list[str]) -> None:
+    assert main(arguments) == 2
