@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 
+import httpx
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
 from flwr.supercore.interceptors import (
@@ -25,6 +26,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+_AWAY_SECONDS = 20.0  # that a task waits for whoever handed it out
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,18 @@ class RuntimeDoor:
         )
 
     def task_client(self, token: str, component: str) -> RuntimeHttpClient:
-        """A client for one task; `token` is what the task was handed out with."""
-        return self.client(RuntimeTokenHttpInterceptor(token), component=component)
+        """A client for one task; `token` is what the task was handed out with.
+
+        A SuperNode that was started anew knows none of its earlier tokens: there is no use in asking it for minutes.
+        """
+        client = self.client(RuntimeTokenHttpInterceptor(token), component=component)
+        retry = client._retry_invoker
+        if retry is None:
+            raise TypeError("Flower's client has no retry invoker")
+        others = retry.should_giveup
+        retry.max_time = _AWAY_SECONDS
+        retry.should_giveup = lambda error: _is_unknown_token(error) or (others is not None and others(error))
+        return client
 
 
 def take_tasks(
@@ -80,6 +92,10 @@ def take_tasks(
                 work(answer.token)
             else:
                 time.sleep(poll_seconds)
+
+
+def _is_unknown_token(error: Exception) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED
 
 
 @contextmanager
