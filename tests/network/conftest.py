@@ -14,14 +14,16 @@ import pytest
 
 from fedsynth.plan import StudyPlan
 
-# Tests are imported without a package (--import-mode=importlib), so their neighbour is put where `import` finds it.
-_spec = importlib.util.spec_from_file_location("federation", Path(__file__).with_name("federation.py"))
-assert _spec is not None and _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["federation"] = _module
-_spec.loader.exec_module(_module)
+# Tests are imported without a package (--import-mode=importlib), so their neighbours are put where `import` finds them.
+for _name in ("federation", "peer", "parted"):
+    _spec = importlib.util.spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None and _spec.loader is not None
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules[_name] = _module
+    _spec.loader.exec_module(_module)
 
-from federation import Federation  # noqa: E402
+from federation import STUDY, Federation  # noqa: E402
+from parted import Parted, unable  # noqa: E402
 
 SITES = ("a", "b", "c")
 
@@ -80,6 +82,15 @@ def new_federation(
         federation.close()
 
 
+@pytest.fixture(scope="session")
+def clean_study(new_federation: Callable[..., Federation], network_plan: Callable[..., StudyPlan]) -> Federation:
+    """A study of five rounds, started and left to itself: it comes to its end while others are tested."""
+    rounds = {"autoencoder": 2, "radiogenomics": 1, "gan": 2}
+    federation = new_federation(network_plan(rounds, aggregation={"min_sites": 3, "round_timeout_s": 120.0}))
+    federation.start(STUDY, *federation.sites)
+    return federation
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A failure says what status and logs said at that moment."""
@@ -89,3 +100,23 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             if isinstance(value, Federation):
                 report.sections.append((f"federation ({name})", value.describe()))
     return report
+
+
+@pytest.fixture(scope="session")
+def parted(
+    tmp_path_factory: pytest.TempPathFactory, cohorts: dict[str, Path], network_plan: Callable[..., StudyPlan]
+) -> Iterator[Parted]:
+    """A study of three rounds whose parties live in network namespaces of their own; it is under way (see `parted`)."""
+    reason = unable() or ("" if shutil.which("nginx") else "nginx, the gateway, is not installed")
+    if reason:
+        pytest.skip(reason)
+    made = Parted(
+        tmp_path_factory.mktemp("parted"), network_plan(rounds={"autoencoder": 1, "radiogenomics": 1, "gan": 1})
+    )
+    try:
+        made.lay_out(cohorts)
+        made.part()
+        made.start(STUDY, *made.sites)
+        yield made
+    finally:
+        made.close()

@@ -89,11 +89,13 @@ class Federation:
         plan: the study plan.
         environment: further variables for every process.
         mounted: folders that are small disks of their own (`small_disk`).
+        host: address of the gateway; where it is another one, the parties' network is made elsewhere (`parted`).
         started: the commands that stay (`fedsynth study start`, `fedsynth site start`), by whom; the newest of each.
     """
 
     root: Path
     plan: StudyPlan
+    host: str = "127.0.0.1"
     environment: Mapping[str, str] = field(default_factory=dict)
     mounted: list[Path] = field(default_factory=list)
     started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -117,13 +119,13 @@ class Federation:
             **study_settings: ``patience_s`` and ``absent_s`` of coordinator.toml.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        plan_path, gateway, study = self.root / "plan.toml", f"127.0.0.1:{free_port()}", self.folder(STUDY)
+        plan_path, gateway, study = self.root / "plan.toml", f"{self.host}:{free_port()}", self.folder(STUDY)
         save_plan(self.plan, plan_path)
         self.type("study", "init", study, "--plan", plan_path, "--gateway", gateway)
         self.edit(study / "coordinator.toml", gateway={"listen": gateway})
         self.edit(study / "coordinator.toml", superlink={"port": free_port(), "health_port": free_port()})
         self.edit(study / "coordinator.toml", study=study_settings)
-        self.type("deploy", "certs", study, "--gateway-name", "127.0.0.1")
+        self.type("deploy", "certs", study, "--gateway-name", self.host)
         for name in self.sites:
             self.lay_out_site(name, cohorts[name], plan_path, gateway)
             self.type("study", "add-site", study, self.folder(name) / "keys" / "node.pub", "--name", name)

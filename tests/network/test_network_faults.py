@@ -27,17 +27,21 @@ DISK_MIB = 96
 
 @pytest.fixture(scope="module")
 def federation(
-    new_federation: Callable[..., Federation], network_plan: Callable[..., StudyPlan]
+    new_federation: Callable[..., Federation],
+    network_plan: Callable[..., StudyPlan],
+    request: pytest.FixtureRequest,
 ) -> Iterator[Federation]:
     """A study of many small rounds, begun with the sites a and b; two of three are enough."""
     plan = network_plan(
-        rounds={"autoencoder": 24, "radiogenomics": 1, "gan": 2},
+        rounds={"autoencoder": 22, "radiogenomics": 1, "gan": 1},
         autoencoder={"steps_per_round": 20},
         aggregation={"min_sites": 2, "round_timeout_s": DEADLINE_S},
     )
     federation = new_federation(plan, {"a": DISK_MIB, STUDY: 2 * DISK_MIB}, absent_s=4.0)
     federation.start(STUDY, "a", "b")
     federation.wait_until(lambda: federation.done() >= 1, 2 * RESTART_S, "the first round")
+    if any("clean_study" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("clean_study")  # runs beside this one, which waits most of the time
     yield federation
     federation.close()
 
@@ -130,40 +134,38 @@ def test_a_slow_site_is_left_out_of_a_round_and_lost_replies_are_sent_again(fede
     assert kinds(federation, "c", slow) == ["charge", "released", "sent"]  # too late: sent, and not taken
 
 
-def test_below_its_smallest_number_of_sites_a_study_pauses_until_a_killed_site_runs_again(
-    federation: Federation,
-) -> None:
-    """SuperNode of b and runner of c are killed at once, c's in the middle of its training."""
+def test_below_its_smallest_number_of_sites_a_study_pauses_until_a_killed_site_is_back(federation: Federation) -> None:
+    """SuperNode of b is killed, and so, in the middle of its training, is the runner of c."""
     task = halt_in_training(federation, "c")
-    federation.kill("c", "runner")
     federation.kill("b", "supernode")
     federation.wait_until(lambda: federation.status().phase == "paused", DEADLINE_S + 15, "a pause")
     status = federation.status()
     assert status.code == "too_few_sites"
-    assert "1 sites took part, the plan wants 2" in status.message and "c: no_answer" in status.message
+    assert "sites took part, the plan wants 2" in status.message and "c: no_answer" in status.message
     told = federation.told("study", "status", federation.folder(STUDY))
     assert (told["phase"], told["code"], told["running"]) == ("paused", "too_few_sites", True)
     assert kinds(federation, "c", task) == ["charge"]
 
-    # SuperNode gives a dead runner's task up after a minute; the site then does it again under the charge that stands.
+    federation.kill("c", "runner")  # it is started again, and does the task again under the charge that stands
     federation.wait_until(lambda: task in federation.answered("c"), 120, "the task that was cut short")
-    assert kinds(federation, "c", task) == ["charge", "resumed", "released", "sent"]
-    assert federation.status().phase == "running"
-    federation.wait_for_answer("b", 60)
+    assert kinds(federation, "c", task)[:4] == ["charge", "resumed", "released", "sent"]
+    federation.wait_until(lambda: federation.status().phase == "running", 20, "the end of the pause")
 
 
 def test_a_superlink_that_is_killed_is_started_again_and_the_nodes_come_back(federation: Federation) -> None:
     old = federation.kill(STUDY, "superlink")
     federation.wait_until(lambda: federation.is_back(STUDY, "superlink", old), 20, "another SuperLink")
-    for site in federation.sites:
-        federation.wait_for_answer(site, RESTART_S)
+    for site in ("a", "c", "b"):  # b is the one whose SuperNode was killed, which may not come back for a minute
+        federation.wait_for_answer(site, 2 * RESTART_S)
 
 
 def test_a_coordinator_whose_supervisor_was_killed_is_started_again_and_nothing_is_lost(federation: Federation) -> None:
     task = halt_in_training(federation, "c")
     federation.wait_until(lambda: len(sent_digests(federation, "a", task)) == 1, DEADLINE_S, "an answer of a")
+    left = federation.process(STUDY, "runner").pid
     federation.kill(STUDY, "supervisor")  # its processes are left behind; the next start ends them
     federation.start_study()
+    federation.wait_until(lambda: federation.is_back(STUDY, "runner", left), RESTART_S, "another study runner")
     federation.kill("c", "runner", signal.SIGCONT)
     federation.wait_until(lambda: task in federation.answered("a"), 2 * RESTART_S, "the round in which it was killed")
     first, *again = sent_digests(federation, "a", task)
