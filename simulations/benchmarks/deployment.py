@@ -8,8 +8,8 @@ loopback with registered keys (it needs nginx), runs them, and writes ``deployme
 - bytes a round and site on the wire, counted by a relay between node and gateway, beside those of the records;
 - what happens when the line is cut for a while (``--outages``) or a process is killed (``--kills``) during a round.
 
-About 12 minutes on two cores with the defaults: 3 for ``--parts plans``, 9 for ``--parts faults``; ``--outages 300`` adds
-6. A part that is run again replaces its own figures in ``deployment.json`` and leaves the others.
+About 15 minutes on two cores with the defaults: 4 for ``--parts plans``, 6 for ``outages``, 5 for ``kills``. A part that is
+run again replaces its own figures in ``deployment.json`` and leaves the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,6 +62,7 @@ from fedsynth_simulations.benchmarking.deployment import (
     STUDY,
     Federation,
     Missed,
+    Relay,
     Watch,
     wait_until,
     write_cohort,
@@ -88,8 +89,10 @@ _SEED = 5
 _ROUNDS = 7  # of the adversarial module; the first, which loads a cohort, is left out of the medians
 _IDLE_SECONDS = 20.0
 _FIT_STEPS = 10  # not 150: fitting is the coordinator's own work and the same in both
+_PARTS = ("plans", "outages", "kills")
 _ONLINE = "the coordinator sees it online"
-_UP_SECONDS, _ROUND_SECONDS, _STUDY_SECONDS = 120.0, 240.0, 900.0
+_ROUND_TIMEOUT_SECONDS = 240.0  # not 3600: what only its end mends must show in the time of a benchmark
+_UP_SECONDS, _ROUND_SECONDS, _STUDY_SECONDS = 120.0, 400.0, 900.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--docs", type=Path, help="write the page here, too")
-    parser.add_argument("--parts", default="plans,faults", help="any of plans,faults; empty: write the page anew")
+    parser.add_argument(
+        "--parts", default=",".join(_PARTS), help="any of plans, outages, kills; empty: write the page anew"
+    )
     parser.add_argument("--outages", default="30,120", help="seconds that no site reaches the gateway")
     parser.add_argument("--kills", default=",".join(_KILLS), help=f"any of {','.join(_KILLS)}; may be empty")
     given = parser.parse_args()
@@ -136,24 +141,36 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "deployment.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts = [part for part in given.parts.split(",") if part]
-    if parts:
-        found |= {"machine": _machine(), "command": _command()}
-        cohorts = _cohorts()
-    with tempfile.TemporaryDirectory(prefix="fedsynth-deployment-") as folder:
-        if "plans" in parts:
-            found["plans"] = {name: _plan_part(Path(folder) / name, name, cohorts) for name in ("small", "main")}
-            _write(path, found)
-        if "faults" in parts:
-            outages = [float(each) for each in given.outages.split(",") if each]
-            kills = [each for each in given.kills.split(",") if each]
-            found["faults"] = _faults_part(Path(folder) / "faults", cohorts, outages, kills)
-    _write(path, found)
+    parts, kills = _listed(parser, given.parts, _PARTS), _listed(parser, given.kills, _KILLS)
+    outages = [float(each) for each in given.outages.split(",") if each]
+    cohorts = _cohorts() if parts else {}
+    for part in parts:
+        run = {**_machine(), "command": _command()}
+        with tempfile.TemporaryDirectory(prefix="fedsynth-deployment-") as folder:
+            root = Path(folder)
+            if part == "plans":
+                found[part] = {name: _plan_part(root / name, name, cohorts) for name in ("small", "main")}
+            elif part == "outages":
+                found[part] = _faults_part(root / part, cohorts, _outages(outages))
+            else:
+                found[part] = _faults_part(
+                    root / part, cohorts, [_Fault(_KILLS[name].what, 0.0, _KILLS[name], _nothing) for name in kills]
+                )
+        found["runs"] = {**found.get("runs", {}), part: run}
+        _write(path, found)
     text = page(found)
     for target in (given.out / "deployment.md", given.docs):
         if target is not None:
             target.write_text(text, encoding="utf-8")
     print(text)
+
+
+def _listed(parser: argparse.ArgumentParser, given: str, known: Collection[str]) -> list[str]:
+    names = [each for each in given.split(",") if each]
+    unknown = [each for each in names if each not in known]
+    if unknown:
+        parser.error(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    return names
 
 
 def _write(path: Path, found: Mapping[str, Any]) -> None:
@@ -215,6 +232,7 @@ def _plan(name: str) -> StudyPlan:
     }
     if name == "faults":
         plan["gan"] |= {"steps_per_round": 60, "generator_batch": 64}
+        plan["aggregation"]["round_timeout_s"] = _ROUND_TIMEOUT_SECONDS
     return StudyPlan.model_validate(plan)
 
 
@@ -364,6 +382,7 @@ def _started(federation: Federation, whose: str, probes: Mapping[str, Callable[[
     federation.start(whose)
 
     def look() -> bool:
+        federation.check_alive(whose)
         for what, probe in list(open_probes.items()):
             with suppress(OSError, FedsynthError):  # it does not answer yet
                 if probe():
@@ -371,7 +390,7 @@ def _started(federation: Federation, whose: str, probes: Mapping[str, Callable[[
                     del open_probes[what]
         return not open_probes
 
-    wait_until(look, _UP_SECONDS, f"start of {whose} ({', '.join(open_probes)})")
+    wait_until(look, _UP_SECONDS, f"everything of {whose} to answer")
     return {what: found[what] for what in probes}
 
 
@@ -455,14 +474,19 @@ def passed_in(federation: Federation, each: Round, online: float) -> dict[str, t
 # Faults.
 
 
-def _faults_part(root: Path, cohorts: Mapping[str, Patients], outages: list[float], kills: list[str]) -> dict[str, Any]:
+def _outages(seconds: list[float]) -> list[_Fault]:
+    """The way to the gateway is broken for all sites: each length refused, the first also in other ways."""
+    where = "gateway out of reach of all sites"
     faults = [
-        _Fault(f"gateway out of reach of all sites, {seconds:.0f} s, refused", seconds, _refuse, _restore)
-        for seconds in outages
+        _Fault(f"{where}, {each:.0f} s, refused", each, _all(Relay.refuse), _all(Relay.restore)) for each in seconds
     ]
-    if outages:
-        faults.append(_Fault(f"the same, {outages[0]:.0f} s, silent", outages[0], _hold, _restore))
-    faults += [_Fault(_KILLS[name].what, 0.0, _KILLS[name], _nothing) for name in kills]
+    for each in seconds[:1]:
+        faults.append(_Fault(f"{where}, {each:.0f} s, silent", each, _all(Relay.hold), _all(Relay.restore)))
+        faults.append(_Fault(f"{where}, {each:.0f} s, hung up", each, _all(Relay.hang_up), _all(Relay.restore)))
+    return faults
+
+
+def _faults_part(root: Path, cohorts: Mapping[str, Patients], faults: Sequence[_Fault]) -> dict[str, Any]:
     # Three rounds before, one for each fault and some that it may miss, the rest to go on undisturbed.
     plan = _with_rounds(_plan("faults"), 3 + len(faults) + max(3, len(faults) // 2))
     federation = Federation(root, plan)
@@ -490,6 +514,7 @@ def _faults_part(root: Path, cohorts: Mapping[str, Patients], outages: list[floa
         "tried": [fault.what for fault in faults],
         "undisturbed_seconds": spread(calm),
         "finished": finished,
+        "round_timeout_s": plan.aggregation.round_timeout_s,
         "rounds": sum(federation.done().values()),
         "charges": sum(map(len, charges.values())),
         "charged_twice": charged_twice(charges),
@@ -535,19 +560,12 @@ def _answered(federation: Federation, number: int) -> int:
     return sum(row["round"] == number for row in rows)
 
 
-def _refuse(federation: Federation) -> None:
-    for relay in federation.relays.values():
-        relay.refuse()
+def _all(what: Callable[[Relay], None]) -> Callable[[Federation], None]:
+    def act(federation: Federation) -> None:
+        for relay in federation.relays.values():
+            what(relay)
 
-
-def _hold(federation: Federation) -> None:
-    for relay in federation.relays.values():
-        relay.hold()
-
-
-def _restore(federation: Federation) -> None:
-    for relay in federation.relays.values():
-        relay.restore()
+    return act
 
 
 def _nothing(federation: Federation) -> None:

@@ -77,6 +77,7 @@ def test_a_second_charge_for_a_round_is_named() -> None:
 
 
 def _found(finished: bool, twice: dict[str, list[str]]) -> dict[str, object]:
+    machine = {"date": "2026-01-01", "version": "1", "flower": "1", "python": "3", "cores": 2, "load": 0.1}
     spread = {"median": 5.0, "min": 4.0, "max": 6.0, "count": 3}
     fault = {
         "fault": "SuperLink killed",
@@ -86,9 +87,9 @@ def _found(finished: bool, twice: dict[str, list[str]]) -> dict[str, object]:
         "sites": 3,
     }
     return {
-        "machine": {"date": "2026-01-01", "version": "1", "flower": "1", "python": "3", "cores": 2, "load": 0.1},
-        "command": "python benchmark.py",
-        "faults": {
+        "runs": {"kills": {**machine, "command": "python benchmark.py"}},
+        "kills": {
+            "round_timeout_s": 240.0,
             "faults": [{**fault, "charged_twice": twice}],
             "tried": ["SuperLink killed"],
             "undisturbed_seconds": spread,
@@ -102,7 +103,7 @@ def _found(finished: bool, twice: dict[str, list[str]]) -> dict[str, object]:
 
 def test_the_page_says_when_a_study_did_not_finish_or_paid_twice() -> None:
     fine, bad = page(_found(True, {})), page(_found(False, {"a": ["gan 2"]}))
-    assert "The study then finished, and every round was charged once" in fine
+    assert "The study then finished, and no round was charged twice" in fine
     assert "| SuperLink killed |  | 12.5 | 3 of 3 | none |" in fine
     assert "did not finish" in bad
     assert "charged twice: {'a': ['gan 2']}" in bad
@@ -177,6 +178,14 @@ def _ask(connection: socket.socket) -> None:
         connection.sendall(b"1")
         if not connection.recv(1):
             raise ConnectionResetError
+
+
+def test_a_relay_that_hangs_up_takes_connections_and_ends_them(echo: int) -> None:
+    port = free_port()
+    with closing(Relay(port, echo)) as relay:
+        relay.hang_up()
+        with socket.create_connection(("127.0.0.1", port), 5) as connection, pytest.raises(ConnectionError):
+            _ask(connection)
 
 
 def test_a_silent_relay_passes_later_what_was_said_meanwhile(echo: int) -> None:

@@ -46,6 +46,7 @@ _PORTS = range(26000, 27000)
 _LOOK_SECONDS = 0.04
 _SAMPLE_SECONDS = 1.0
 _CHUNK = 65536
+_given: set[int] = set()
 
 
 class Missed(Exception):
@@ -53,13 +54,16 @@ class Missed(Exception):
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody holds."""
+    """A port of 127.0.0.1 that nobody holds and that was not given out before."""
     for port in random.sample(_PORTS, len(_PORTS)):
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
+        _given.add(port)
         return port
     raise RuntimeError("no port is free")
 
@@ -84,13 +88,15 @@ class Relay:
     """Carries a site's connections to the gateway, counts what passes, and can be cut.
 
     ``refuse`` is a gateway that is gone: connections break, new ones are refused. ``hold`` is a line that is gone:
-    connections stay, nothing arrives.
+    connections stay, nothing arrives, not even an end. ``hang_up`` is a proxy or balancer without what is behind it:
+    connections are taken and closed at once, in the middle of the TLS handshake.
     """
 
     def __init__(self, listen: int, target: int) -> None:
         self.traffic: list[Traffic] = []
         self._listen, self._target = listen, target
         self._connections = 0
+        self._hang_up = False
         self._pumps: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -108,8 +114,14 @@ class Relay:
         """Let nothing through, without a word."""
         self._loop.call_soon_threadsafe(self._passing.clear)
 
+    def hang_up(self) -> None:
+        """Break all connections, and each new one as soon as it is made."""
+        self._hang_up = True
+        self._do(self._break())
+
     def restore(self) -> None:
         """Carry everything again."""
+        self._hang_up = False
         self._loop.call_soon_threadsafe(self._passing.set)
         self._do(self._open())
 
@@ -130,11 +142,18 @@ class Relay:
         if self._server is not None:
             self._server.close()
             self._server = None
+        await self._break()
+
+    async def _break(self) -> None:
         for pump in list(self._pumps):
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._hang_up:
+            writer.transport.abort()
+            return
+        await self._passing.wait()
         try:
             onward, out = await asyncio.open_connection("127.0.0.1", self._target)
         except OSError:  # the gateway itself is down
@@ -160,6 +179,7 @@ class Relay:
                 await writer.drain()
                 size = len(data)
                 self.traffic.append(Traffic(time.time(), size if up else 0, 0 if up else size, self._connections))
+            await self._passing.wait()  # an end does not arrive either
 
 
 def write_cohort(folder: Path, plan: StudyPlan, patients: Patients) -> None:
@@ -286,13 +306,21 @@ class Federation:
         """Whether the coordinator's processes have ended by themselves.
 
         Raises:
-            Missed: they ended, but not because the study is finished.
+            Missed: they ended with an error.
         """
-        code = self.started[STUDY].poll()
+        self.check_alive(STUDY)
+        return self.started[STUDY].poll() == 0
+
+    def check_alive(self, whose: str) -> None:
+        """Look whether a command that stays has failed.
+
+        Raises:
+            Missed: it has; with the end of its log.
+        """
+        code = self.started[whose].poll()
         if code:
-            log = (self.folder(STUDY) / "logs" / "supervisor.log").read_text(encoding="utf-8").splitlines()
-            raise Missed(f"`study start` ended with {code}: {log[-1] if log else 'nothing in its log'}")
-        return code == 0
+            log = (self.folder(whose) / "logs" / "supervisor.log").read_text(encoding="utf-8").strip()
+            raise Missed(f"start of {whose} ended with {code}: {log[-500:]}")
 
     def close(self) -> None:
         """End everything that was started here, for certain."""

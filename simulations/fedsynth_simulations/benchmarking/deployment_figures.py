@@ -257,10 +257,21 @@ def faults_table(faults: Iterable[Mapping[str, Any]]) -> str:
     return table(head, rows)
 
 
+def runs_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """When and how each part was measured."""
+    rows = [(part, r["date"], r["cores"], f"{r['load']:.1f}", f"`{r['command']}`") for part, r in runs.items()]
+    return table(("part", "date", "CPU cores", "load before", "command"), rows)
+
+
+def _software(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    names = ("version", "flower", "python")
+    return {name: ", ".join(sorted({str(run[name]) for run in runs.values()})) for name in names}
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The whole page, `docs/deployment.md`."""
-    parts, faults = found.get("plans", {}), found.get("faults")
-    sections = [_HEAD.format(**found["machine"], command=found["command"])]
+    parts = found.get("plans", {})
+    sections = [_HEAD.format(**_software(found["runs"])), runs_table(found["runs"]), _MEANING]
     if parts:
         main = parts["main"]
         idle = mean(each["up"] + each["down"] for each in main["idle_bytes_a_minute"].values())
@@ -274,38 +285,48 @@ def page(found: Mapping[str, Any]) -> str:
             _BYTES.format(idle=_bytes(idle), connections=main["connections"]),
             bytes_table(parts),
         ]
-    if faults:
-        finished = "The study then finished" if faults["finished"] else "**The study did not finish**"
-        charges = (
-            "every round was charged once at every site"
-            if not faults["charged_twice"]
-            else f"**rounds were charged twice: {faults['charged_twice']}**"
-        )
-        left = [what for what in faults["tried"] if what not in {e["fault"] for e in faults["faults"]}]
-        if left:
-            finished = f"**The study did not go on after: {left[0]}**"
-        longest = max((e["down_seconds"] for e in faults["faults"]), default=0)
-        sections += [
-            _FAULTS.format(normal=_spread(faults["undisturbed_seconds"])),
-            faults_table(faults["faults"]),
-            f"{finished}, and {charges} ({faults['rounds']} rounds, {faults['charges']} charges over the sites). "
-            f"Longest outage survived: {longest:.0f} s; longer ones were not tried.",
-        ]
+    for part, title in (("outages", "Outages"), ("kills", "Killed processes")):
+        if part in found:
+            sections += [f"## {title}", *_fault_sections(found[part])]
     return "\n\n".join(sections) + "\n"
+
+
+def _fault_sections(part: Mapping[str, Any]) -> list[str]:
+    """What was broken, the table, and the verdict."""
+    left = [what for what in part["tried"] if what not in {each["fault"] for each in part["faults"]}]
+    if left:
+        verdict = f"**The study did not go on within the benchmark's patience after: {left[0]}**"
+    elif part["finished"]:
+        verdict = "The study then finished"
+    else:
+        verdict = "**The study did not finish**"
+    charges = (
+        f"**rounds were charged twice: {part['charged_twice']}**"
+        if part["charged_twice"]
+        else "no round was charged twice"
+    )
+    longest = max((each["down_seconds"] for each in part["faults"]), default=0)
+    survived = f" Longest outage survived: {longest:.0f} s; longer ones were not tried." if longest else ""
+    return [
+        _FAULTS.format(normal=_spread(part["undisturbed_seconds"]), timeout=part["round_timeout_s"]),
+        faults_table(part["faults"]),
+        f"{verdict}, and {charges} ({part['rounds']} rounds, {part['charges']} charges over the sites).{survived}",
+    ]
 
 
 _HEAD = """\
 # What a deployment costs, and what it survives
 
-Measured on {date} with fedsynth {version}, Flower {flower}, {cores} CPU cores, Python {python}:
+Measured with fedsynth {version}, Flower {flower}, Python {python}:"""
 
-    {command}
+_MEANING = """\
+Load before: processes that wanted a core just before the start, by what else ran on the machine; anything above 0 makes all
+seconds below longer.
 
-Load before the start: {load:.1f} processes that wanted a core, by what else ran on the machine. A coordinator (SuperLink,
-nginx gateway, study runner) and three sites (SuperNode, site runner) run as separate processes, started by
-`fedsynth study start` and `fedsynth site start`, over TLS with registered keys. **Everything runs on one machine over
-loopback**: these processes and the benchmark share its cores, and the network has no delay and loses nothing. Seconds of
-work say little about a hospital's machine; bytes, memory, and the seconds that come from polling and time limits carry
+A coordinator (SuperLink, nginx gateway, study runner) and three sites (SuperNode, site runner) run as separate processes,
+started by `fedsynth study start` and `fedsynth site start`, over TLS with registered keys. **Everything runs on one machine
+over loopback**: these processes and the benchmark share its cores, and the network has no delay and loses nothing. Seconds
+of work say little about a hospital's machine; bytes, memory, and the seconds that come from polling and time limits carry
 over. Patients are simulated."""
 
 _START = """\
@@ -345,9 +366,8 @@ questions for work cost {idle} a minute, both ways together. TCP connections tha
 {connections}."""
 
 _FAULTS = """\
-## Faults
-
 `small` networks with longer rounds; an undisturbed round takes {normal} s. Each fault strikes while all sites have charged
 their ledgers and train. Seconds count from the end of an outage, or from the kill, until the checkpoint of the round that
 was hit: the rest of its training included. `Refused`: the gateway's door is closed, connections break. `Silent`:
-connections stay, nothing passes. `New charges`: entries of any site's ledger that charge a round for a second time."""
+connections stay, nothing passes. `Hung up`: connections are taken and closed within the TLS handshake. `New charges`:
+entries of any site's ledger that charge a round for a second time. The plan's `round_timeout_s` is {timeout:.0f}."""
