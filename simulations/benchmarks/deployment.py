@@ -138,6 +138,7 @@ def main() -> None:
     parser.add_argument("--kills", default=",".join(_KILLS), help=f"any of {','.join(_KILLS)}; may be empty")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing that was started is left behind
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "deployment.json"
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
