@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def new_federation(
     Without nginx, the gateway, its tests are skipped; where FEDSYNTH_REQUIRE_NETWORK is set, they fail.
     """
     made: list[Federation] = []
+    # A runner of tests that is told to end must not leave processes behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     def make(plan: StudyPlan, small_disks: dict[str, int] | None = None, **study_settings: float) -> Federation:
         if shutil.which("nginx") is None:
@@ -78,6 +81,7 @@ def new_federation(
         return federation
 
     yield make
+    signal.signal(signal.SIGTERM, before)
     for federation in made:
         federation.close()
 

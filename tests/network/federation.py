@@ -21,6 +21,7 @@ between the choice and the start.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -28,9 +29,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +60,7 @@ MARK = "FEDSYNTH_TEST_FEDERATION"
 _PORTS = range(25000, 26000)
 _POLL_SECONDS = 0.2
 _LOG_LINES = 12
+_PR_SET_PDEATHSIG = 1
 _given: set[int] = set()
 
 
@@ -234,6 +237,7 @@ class Federation:
                     stderr=subprocess.STDOUT,
                     env=self._environment(),
                     start_new_session=True,
+                    preexec_fn=_end_with_parent,
                 )
 
     def start_study(self) -> None:
@@ -342,10 +346,14 @@ class Federation:
         goal = self.done() + rounds
         return self.wait_until(lambda: self.done() >= goal, seconds, f"round {goal} of the study")
 
-    def wait_for_answer(self, site: str, seconds: float = 60.0) -> float:
-        """Wait until the coordinator takes one more answer of a site; returns how long (s) it took."""
-        before = len(self.answered(site))
-        return self.wait_until(lambda: len(self.answered(site)) > before, seconds, f"an answer of {site}")
+    def wait_for_answers(self, sites: Iterable[str], seconds: float = 60.0) -> float:
+        """Wait until the coordinator has taken one more answer of each site; returns how long (s) it took."""
+        before = {site: len(self.answered(site)) for site in sites}
+        return self.wait_until(
+            lambda: all(len(self.answered(site)) > count for site, count in before.items()),
+            seconds,
+            f"an answer of {', '.join(before)}",
+        )
 
     def describe(self) -> str:
         """Status, processes and the ends of all logs, for a failure's message."""
@@ -409,6 +417,12 @@ def _holds(happened: Callable[[], bool]) -> bool:
         return happened()
     except (OSError, ValueError, FedsynthError, psutil.NoSuchProcess):
         return False
+
+
+def _end_with_parent() -> None:
+    """Ask the system to send this process SIGTERM when the tests' process dies, were it killed (Linux, prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

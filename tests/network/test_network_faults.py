@@ -33,7 +33,7 @@ def federation(
 ) -> Iterator[Federation]:
     """A study of many small rounds, begun with the sites a and b; two of three are enough."""
     plan = network_plan(
-        rounds={"autoencoder": 22, "radiogenomics": 1, "gan": 1},
+        rounds={"autoencoder": 26, "radiogenomics": 1, "gan": 1},
         autoencoder={"steps_per_round": 20},
         aggregation={"min_sites": 2, "round_timeout_s": DEADLINE_S},
     )
@@ -109,12 +109,6 @@ def test_a_study_goes_on_with_enough_sites_and_takes_in_one_that_comes_later(fed
     assert charged(federation, "c")[0][1] > 1  # rounds that it missed are not asked for again
 
 
-def test_a_gateway_that_is_killed_is_started_again(federation: Federation) -> None:
-    old = federation.kill(STUDY, "gateway")
-    federation.wait_until(lambda: federation.is_back(STUDY, "gateway", old), 20, "another gateway")
-    federation.wait_for_round(RESTART_S)
-
-
 def test_a_slow_site_is_left_out_of_a_round_and_lost_replies_are_sent_again(federation: Federation) -> None:
     slow = halt_in_training(federation, "c")
     federation.wait_for_round(DEADLINE_S + RESTART_S)
@@ -136,9 +130,14 @@ def test_a_slow_site_is_left_out_of_a_round_and_lost_replies_are_sent_again(fede
 
 def test_below_its_smallest_number_of_sites_a_study_pauses_until_a_killed_site_is_back(federation: Federation) -> None:
     """SuperNode of b is killed, and so, in the middle of its training, is the runner of c."""
+    federation.kill("b", "runner", signal.SIGSTOP)
     task = halt_in_training(federation, "c")
+    if task in charged(federation, "b"):  # b was faster than the signal; of the next round it knows nothing
+        federation.kill("c", "runner", signal.SIGCONT)
+        task = halt_in_training(federation, "c")
     federation.kill("b", "supernode")
-    federation.wait_until(lambda: federation.status().phase == "paused", DEADLINE_S + 15, "a pause")
+    federation.kill("b", "runner", signal.SIGCONT)
+    federation.wait_until(lambda: federation.status().phase == "paused", 2 * DEADLINE_S + 15, "a pause")
     status = federation.status()
     assert status.code == "too_few_sites"
     assert "sites took part, the plan wants 2" in status.message and "c: no_answer" in status.message
@@ -152,17 +151,14 @@ def test_below_its_smallest_number_of_sites_a_study_pauses_until_a_killed_site_i
     federation.wait_until(lambda: federation.status().phase == "running", 20, "the end of the pause")
 
 
-def test_a_superlink_that_is_killed_is_started_again_and_the_nodes_come_back(federation: Federation) -> None:
-    old = federation.kill(STUDY, "superlink")
-    federation.wait_until(lambda: federation.is_back(STUDY, "superlink", old), 20, "another SuperLink")
-    for site in ("a", "c", "b"):  # b is the one whose SuperNode was killed, which may not come back for a minute
-        federation.wait_for_answer(site, 2 * RESTART_S)
-
-
-def test_a_coordinator_whose_supervisor_was_killed_is_started_again_and_nothing_is_lost(federation: Federation) -> None:
-    task = halt_in_training(federation, "c")
+def test_a_coordinator_whose_processes_are_killed_is_started_again_and_nothing_is_lost(federation: Federation) -> None:
+    """First SuperLink alone, which is started again; then, before it has its nodes back, the supervisor."""
+    task = halt_in_training(federation, "c")  # so that the round stays open
     federation.wait_until(lambda: len(sent_digests(federation, "a", task)) == 1, DEADLINE_S, "an answer of a")
+    old = federation.kill(STUDY, "superlink")
     left = federation.process(STUDY, "runner").pid
+    federation.wait_until(lambda: federation.is_back(STUDY, "superlink", old), 20, "another SuperLink")
+
     federation.kill(STUDY, "supervisor")  # its processes are left behind; the next start ends them
     federation.start_study()
     federation.wait_until(lambda: federation.is_back(STUDY, "runner", left), RESTART_S, "another study runner")
@@ -170,6 +166,8 @@ def test_a_coordinator_whose_supervisor_was_killed_is_started_again_and_nothing_
     federation.wait_until(lambda: task in federation.answered("a"), 2 * RESTART_S, "the round in which it was killed")
     first, *again = sent_digests(federation, "a", task)
     assert again and set(again) == {first}
+    # Among them b, whose SuperNode was killed before: SuperLink lets it back in when it has taken it for lost.
+    federation.wait_for_answers(federation.sites, 2 * RESTART_S)
 
 
 def test_a_site_with_a_full_disk_is_left_out_until_there_is_room(federation: Federation) -> None:
@@ -179,7 +177,7 @@ def test_a_site_with_a_full_disk_is_left_out_until_there_is_room(federation: Fed
         federation.wait_until(lambda: federation.status().sites["a"].state == "refused", RESTART_S, "a refusal of a")
         assert federation.status().sites["a"].code in ("disk_full", "ledger_not_written")
         federation.wait_for_round(RESTART_S)
-    federation.wait_for_answer("a", RESTART_S)
+    federation.wait_for_answers(["a"], RESTART_S)
 
 
 def test_a_coordinator_with_a_full_disk_goes_on_when_there_is_room(federation: Federation) -> None:
