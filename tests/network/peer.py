@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto
+from flwr.common.serde import message_from_proto, message_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import (
@@ -217,6 +217,7 @@ def master(study: Study, bundle: bytes) -> Iterator[Master]:
             control.stop_run(run_id)
 
 
-def start_run(control: Control, bundle: bytes) -> int:
-    """Ask SuperLink to run `bundle`."""
-    return control._client.StartRun(StartRunRequest(fab=Fab(content=bundle))).run_id
+def start_run(control: Control, bundle: bytes, **config: float | str) -> int:
+    """Ask SuperLink to run `bundle` with this run config."""
+    asked = StartRunRequest(fab=Fab(content=bundle), override_config=user_config_to_proto(dict(config)))
+    return control._client.StartRun(asked).run_id

@@ -575,6 +575,8 @@ def test_a_site_does_nothing_that_its_approved_plan_does_not_name(
         "a type that differs": ("task_malformed", good, "train.gan"),
     }
     before = federation.entries("a")
+    with open_control(study) as control:  # our bundle has no settings, so a run cannot be given any
+        assert status_of(lambda: start_run(control, bundle_bytes(), epsilon=99.0)) == 412
     with master(study, bundle_bytes()) as taken:
         messages = [
             Message(content, dst_node_id=taken_over, message_type=kind, group_id="1", ttl=120)
