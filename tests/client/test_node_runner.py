@@ -283,6 +283,25 @@ def test_a_message_that_the_supernode_lost_ends_the_task_and_not_the_runner(tiny
     assert status.last is not None
     assert status.last.outcome == "task_lost"
     assert node.replies == []
+    assert [output.details for output in node.outputs] == ["message_lost"]
+
+
+def test_a_message_that_never_comes_whole_is_not_waited_for_longer_than_its_answer_is(
+    tiny_site: Site, no_app: ClientApp
+) -> None:
+    class Stuck(SuperNode):
+        """Its run ended while it was receiving: the objects are announced, and never come."""
+
+        def PullObject(self, request: Any) -> PullObjectResponse:
+            return PullObjectResponse(object_found=True, object_available=False)
+
+    node = Stuck(message(RecordDict()), bundle_bytes())
+    node.announced.metadata.ttl = 0.5
+    done_by(tiny_site, node, no_app)
+    status = read_runner_status(tiny_site.folder)
+    assert status is not None and status.last is not None
+    assert (status.last.outcome, node.replies) == ("task_lost", [])
+    assert status.last.seconds < 10
 
 
 def test_a_reply_that_the_supernode_drops_is_not_followed_by_another(tiny_site: Site) -> None:

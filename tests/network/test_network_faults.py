@@ -100,12 +100,9 @@ def test_a_study_goes_on_with_enough_sites_and_takes_in_one_that_comes_later(fed
     assert federation.status().sites["c"].state == "absent"
     assert federation.done() >= 1
     federation.start_site("c")
-    federation.wait_for_answer("c", RESTART_S)
-    federation.wait_until(
-        lambda: {state.state for state in federation.status().sites.values()} == {"answered"},
-        RESTART_S,
-        "a round of all",
-    )
+    old = federation.kill(STUDY, "gateway")  # which it meets while it is down, or started again
+    federation.wait_until(lambda: federation.is_back(STUDY, "gateway", old), 20, "another gateway")
+    federation.wait_for_answers(federation.sites, 2 * RESTART_S)
     assert charged(federation, "c")[0][1] > 1  # rounds that it missed are not asked for again
 
 

@@ -101,11 +101,14 @@ def fetch(client: RuntimeHttpClient, announcement: Announcement, limit: int) -> 
         Refused: ``message_too_large``: more objects or bytes than `limit`, in what is sent or in what it would unpack to.
             ``message_malformed``: it cannot be unpacked. ``message_differs``: what was unpacked is not what was announced.
             ``message_type_not_allowed`` or ``sender_not_allowed``.
-        ObjectPullError: the SuperNode has lost the message, e.g. because the way to the coordinator broke.
+        ObjectPullError: the SuperNode has lost the message, e.g. because the way to the coordinator broke, or does not
+            have all of it before the time for an answer is over.
     """
     ids = object_ids(announcement.tree)
     check_size(len(ids), 0, limit)
-    contents = pull_objects(ids, _bounded(_pull(client, announcement), len(ids), limit))
+    # A SuperNode whose run ended while it was receiving announces the message all the same, and its objects never come.
+    patience = min(announcement.message.metadata.ttl, _DRAIN_SECONDS)
+    contents = pull_objects(ids, _bounded(_pull(client, announcement), len(ids), limit), max_time=patience)
     try:
         check_size(len(ids), unpacked_bytes(contents), limit)
         message = inflate_object_from_contents(announcement.tree.object_id, contents)
@@ -140,6 +143,11 @@ def drain(client: RuntimeHttpClient, announcement: Announcement) -> None:
         return b""
 
     pull_objects(object_ids(announcement.tree), seen, max_time=_DRAIN_SECONDS)
+
+
+def abandon(client: RuntimeHttpClient) -> None:
+    """End a task whose message does not come, without an answer: there is nobody left to send one to."""
+    push_task_output(client, None, SubStatus.FAILED, "message_lost")
 
 
 def discard(client: RuntimeHttpClient, announcement: Announcement) -> None:

@@ -108,6 +108,9 @@ class Runner:
         except SystemExit:
             delivery.give_up(client, announcement, "site_stopped")
             raise
+        except delivery.MessageLost:
+            delivery.abandon(client)
+            raise
         self.delivering = True
         try:
             delivery.answer(client, announcement, content)
