@@ -54,7 +54,7 @@ _LOST = frozenset(
         ErrorCode.CLIENT_APP_CRASHED,
     }
 )
-_SENDS_A_ROUND = 5  # a site whose process dies of every task is not asked for ever
+_SENDS_A_ROUND = 6  # a site whose process dies of every task is not asked for ever
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ class Patience:
         absent_s: how long a round that has enough sites stays open for sites of the plan that are not connected.
         shortage_s: how long the study pauses when fewer than ``aggregation.min_sites`` took part, before it gives up.
         retry_s: between two attempts while it pauses.
+        silent_s: after how long a task is sent again to a site that is connected and says nothing; the next time after
+            twice as long, and so on. Flower gives some replies up without a word, e.g. when a connection ends within the
+            TLS handshake; a site that is still at work answers the second task from what it stores for the first.
     """
 
     absent_s: float = 0.0
     shortage_s: float = 0.0
     retry_s: float = 15.0
+    silent_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,7 @@ def _gather(
     began, absent_s = time.monotonic(), patience.absent_s
     while True:
         status.phase("running", f"{module} round {number} of {plan.training(module).rounds}.")
-        _attempt(grid, plan, state, current, sites, absent_s, status)
+        _attempt(grid, plan, state, current, sites, replace(patience, absent_s=absent_s), status)
         absent_s = 0.0  # who was waited for once is not waited for again: a paused study asks whoever is there
         for site, code in sorted(current.missing.items()):
             say(f"{module} round {number}: site {site} left out ({code})")
@@ -243,7 +247,7 @@ def _attempt(
     state: StudyState,
     current: _Round,
     sites: _Sites,
-    absent_s: float,
+    patience: Patience,
     status: StatusFile,
 ) -> None:
     """Ask every site of the plan that has not answered yet, and wait for answers.
@@ -258,15 +262,16 @@ def _attempt(
     current.missing = dict.fromkeys(open_sites, "not_connected")
     waiting: dict[str, str] = {}  # message -> site
     sends = dict.fromkeys(open_sites, 0)
-    not_before = dict.fromkeys(open_sites, began)
+    send_at = dict.fromkeys(open_sites, began)
+    silence = dict.fromkeys(open_sites, patience.silent_s)
     order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
     connected = sites.connected(anew=True)
     while (now := time.monotonic()) < deadline:
-        for site in sorted(open_sites - set(waiting.values())):
+        for site in sorted(open_sites):
             node = connected.get(site)
             if node is None and sends[site] == 0:
                 status.site(site, "absent", "not_connected")
-            if node is None or sends[site] >= _SENDS_A_ROUND or now < not_before[site]:
+            if node is None or sends[site] >= _SENDS_A_ROUND or now < send_at[site]:
                 continue
             message = Message(
                 current.content[site],
@@ -277,24 +282,28 @@ def _attempt(
             )
             pushed = list(grid.push_messages([message]))
             sends[site] += 1
-            not_before[site] = now + _LOOK_SECONDS
             if pushed and pushed[0]:
                 waiting[pushed[0]] = site
+                send_at[site], silence[site] = now + silence[site], 2 * silence[site]
                 current.missing[site] = "no_answer"
                 status.site(site, "asked")
             else:
+                send_at[site] = now + _LOOK_SECONDS
                 current.missing[site] = "not_sent"
                 status.site(site, "lost", "not_sent")
         for reply in grid.pull_messages(list(waiting)):
             # An error about a lost node names the wrong source, so replies are matched by the message that they answer.
             answering = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if answering is None:
+            if answering is None or answering not in open_sites:  # answered before, to a task that was sent twice
                 continue
             if reply.has_error() and reply.error.code in _LOST:
-                current.missing[answering] = _refusal_code(reply)
-                status.site(answering, "lost", current.missing[answering])
+                if answering not in waiting.values():
+                    send_at[answering] = now + _LOOK_SECONDS
+                    current.missing[answering] = _refusal_code(reply)
+                    status.site(answering, "lost", current.missing[answering])
                 continue
             open_sites.discard(answering)
+            waiting = {message: site for message, site in waiting.items() if site != answering}
             try:
                 answer = _accept(plan, reply, current, answering, order)
                 _check_not_forgotten(state.receipts.get(answering, {}), answer.receipt)
@@ -308,7 +317,7 @@ def _attempt(
         if not open_sites:
             return
         can_still = {site for site in open_sites if sends[site] < _SENDS_A_ROUND}
-        if not waiting and (not can_still or (not can_still & set(connected) and now - began >= absent_s)):
+        if not waiting and (not can_still or (not can_still & set(connected) and now - began >= patience.absent_s)):
             return
         time.sleep(_POLL_SECONDS)
         connected = sites.connected()

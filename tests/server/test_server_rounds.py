@@ -356,9 +356,34 @@ def test_a_site_whose_process_dies_of_every_task_is_not_asked_for_ever(tiny_fold
     grid.lose = {11: [8] * 100}
     state = run_study(grid, plan, tiny_folder / "study")
     assert {row["site"] for row in state.curves["autoencoder"]} == {"a"}
-    assert len([asked for asked in grid.asked if asked[0] == 11]) == 5
+    assert len([asked for asked in grid.asked if asked[0] == 11]) == rounds._SENDS_A_ROUND
     status = read_status(tiny_folder / "study")
     assert status is not None and (status.sites["b"].state, status.sites["b"].code) == ("lost", "flower_error_8")
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_connected_site_that_says_nothing_is_asked_again_and_answers_once(
+    tiny_folder: Path, quick: StudyPlan
+) -> None:
+    plan = one_module(quick, tiny_folder, round_timeout_s=30.0)
+    swallowed = iter([True])
+    grid = Registered(tiny_folder, NODES, {11: lambda reply: None if next(swallowed, False) else reply})
+    state = run_study(grid, plan, tiny_folder / "study", patience=Patience(silent_s=0.1))
+    assert {row["site"] for row in state.curves["autoencoder"]} == {"a", "b"}
+    assert [asked[0] for asked in grid.asked].count(11) == 2
+    kinds = [entry.kind for entry in Site(tiny_folder / "b").ledger().entries()]
+    assert (kinds.count("charge"), kinds.count("released"), kinds.count("sent")) == (1, 1, 2)
+
+
+@pytest.mark.usefixtures("only_autoencoder")
+def test_a_site_that_stays_silent_is_asked_later_and_later(tiny_folder: Path, quick: StudyPlan) -> None:
+    plan = one_module(quick, tiny_folder, round_timeout_s=1.0)
+    grid = Registered(tiny_folder, NODES, {11: lambda _reply: None})
+    run_study(grid, plan, tiny_folder / "study", patience=Patience(silent_s=0.1))
+    # At 0, 0.1, 0.3 and 0.7 s.
+    assert 3 <= [asked[0] for asked in grid.asked].count(11) <= 4
+    status = read_status(tiny_folder / "study")
+    assert status is not None and status.sites["b"].state == "asked"
 
 
 @pytest.mark.usefixtures("only_autoencoder")

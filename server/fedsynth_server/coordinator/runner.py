@@ -165,7 +165,10 @@ def make_runner(study: Study) -> Runner:
         raise UsageError(
             "keys_unreadable", f"{error.filename} cannot be read.", "See `fedsynth study doctor`."
         ) from None
-    patience = Patience(absent_s=settings.study.absent_s, shortage_s=settings.study.patience_s or float("inf"))
+    waits = settings.study
+    patience = Patience(
+        absent_s=waits.absent_s, shortage_s=waits.patience_s or float("inf"), silent_s=waits.silent_s or float("inf")
+    )
     return Runner(
         study=study,
         door=RuntimeDoor(study.superlink_address, ca, secret),

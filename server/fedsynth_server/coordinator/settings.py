@@ -117,10 +117,13 @@ class StudySettings(Section):
     Attributes:
         patience_s: how long (s) the study pauses for want of sites before it gives up; 0: for ever.
         absent_s: how long (s) a round that has enough sites stays open for sites that are not connected.
+        silent_s: after how long (s) a task is sent again to a connected site that says nothing, then after twice as long,
+            and so on; 0: never.
     """
 
     patience_s: Annotated[float, Field(ge=0)] = 0.0
     absent_s: Annotated[float, Field(ge=0)] = 60.0
+    silent_s: Annotated[float, Field(ge=0)] = 300.0
 
 
 class CoordinatorSettings(Section):

@@ -46,6 +46,9 @@ secret = "keys/superexec.secret"
 patience_s = 0.0
 # How long (s) a round that has enough sites stays open for sites that are not connected.
 absent_s = 60.0
+# After how long, in seconds, a connected site that says nothing is sent its task again (then after twice as long, and so
+# on); it answers from what it stores, without a new charge. 0: never.
+silent_s = 300.0
 """
 
 
