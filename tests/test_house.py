@@ -61,6 +61,12 @@ print("HEAVY", *[name for name in {HEAVY!r} if name in sys.modules])
 
 
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="processor time of one child is measured with os.wait4 (POSIX)")
+@pytest.mark.parametrize("module", ["fedsynth_client.node.start", "fedsynth_server.coordinator.start"])
+def test_a_supervisor_that_lives_for_weeks_does_without_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_help_takes_less_than_half_a_second() -> None:
     """Processor time, best of five: what is promised is about the program, not about what else the machine does."""
     program = "import sys; from fedsynth.cli import main; sys.argv = ['fedsynth', '--help']; main()"

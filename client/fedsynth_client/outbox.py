@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import safe_open
-from safetensors.torch import save
+from typing import TYPE_CHECKING
 
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.files import DISK_FULL, sha256_file, write_atomic
-from fedsynth.records import State
 from fedsynth_client.ledger import Ledger, Task
-from fedsynth_client.training.block import BlockResult
+
+if TYPE_CHECKING:
+    # What only asks whether the outbox agrees with the ledger, such as a node's supervisor, does without torch.
+    from fedsynth.records import State
+    from fedsynth_client.training.block import BlockResult
 
 _ROUNDS_OF_STATE_KEPT = 2
 
@@ -33,6 +34,8 @@ class Outbox:
         Raises:
             JobFailed: ``disk_full`` or ``disk_error``; nothing is called released then, and the charge stands.
         """
+        from safetensors.torch import save
+
         try:
             for path in (self._reply(task), self._state(task)):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,5 +120,7 @@ def _name(task: Task) -> str:
 
 
 def _load(path: Path) -> tuple[State, dict[str, str]]:
+    from safetensors import safe_open
+
     with safe_open(path, framework="pt") as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}, dict(tensors.metadata() or {})  # noqa: SIM118

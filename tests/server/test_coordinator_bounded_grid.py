@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsynth.plan import StudyPlan
+from fedsynth.deployment.supervisor import python_module
+from fedsynth.plan import StudyPlan, save_plan
 from fedsynth.records import check_reply, to_record
 from fedsynth_server.coordinator.bounded_grid import BoundedGrid, Limit, reply_limit
 
@@ -238,6 +241,14 @@ def test_what_nobody_waits_for_any_more_is_let_go(grid: BoundedGrid, superlink: 
     assert list(grid.pull_messages([answers])) == []
     assert list(grid.pull_messages(["d" * 64])) == []
     assert superlink.confirmed == [message.metadata.message_id]
+
+
+def test_the_limit_is_told_to_a_process_that_asks(tiny_plan: StudyPlan, tmp_path: Path) -> None:
+    save_plan(tiny_plan, tmp_path / "plan.toml")
+    command = python_module("fedsynth_server.coordinator.bounded_grid", str(tmp_path / "plan.toml"))
+    asked = subprocess.run(command, capture_output=True, text=True, check=True)
+    limit = reply_limit(tiny_plan)
+    assert asked.stdout.split() == [str(limit.objects), str(limit.bytes)]
 
 
 def test_every_reply_of_the_plan_is_within_its_limit(tiny_plan: StudyPlan) -> None:

@@ -8,8 +8,10 @@ unpacked, a wrong one becomes a refusal with a code, and one that is still on it
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
@@ -29,7 +31,7 @@ from fedsynth.errors import Refused
 from fedsynth.models.dcgan import make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Module, StudyPlan, load_plan
 from fedsynth.progress import say
 from fedsynth.records import PUBLIC, State, refusal
 from fedsynth_server.fitting.fit import statistic_template
@@ -247,3 +249,9 @@ def _lost(incoming: _Incoming) -> Message:
         message_type=SYSTEM_MESSAGE_TYPE,
     )
     return make_message(metadata=metadata, error=Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "not all of it arrived"))
+
+
+if __name__ == "__main__":
+    # Asked by `fedsynth_server.coordinator.start`, which does without torch.
+    largest = reply_limit(load_plan(Path(sys.argv[1])))
+    print(largest.objects, largest.bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,7 +25,6 @@ from fedsynth.errors import FedsynthError, JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.progress import say
 from fedsynth_server.coordinator import gateway
-from fedsynth_server.coordinator.bounded_grid import reply_limit
 from fedsynth_server.coordinator.control import Control, SuperlinkUnreachable, open_control
 from fedsynth_server.coordinator.doctor import ready
 from fedsynth_server.coordinator.progress import progress_of
@@ -47,7 +47,6 @@ def children(study: Study) -> list[Child]:
     """The processes of a study, in the order in which they start."""
     settings = study.settings
     superlink = settings.superlink
-    limit = reply_limit(study.plan)
     # SuperLink is never spoken to through a proxy, wherever it listens.
     environment = flower_environment(study.folder.absolute() / "run" / "flower")
     host = split_address(study.superlink_address)[0]
@@ -57,7 +56,7 @@ def children(study: Study) -> list[Child]:
             "superlink",
             python_module(
                 "fedsynth_server.coordinator.superlink",
-                *(str(limit.objects), str(limit.bytes)),
+                *_reply_limit(study),
                 *("--host", superlink.listen, "--port", str(superlink.port)),
                 *("--ssl-ca-certfile", str(study.path(superlink.ca))),
                 *("--ssl-certfile", str(study.path(superlink.certificate))),
@@ -77,6 +76,22 @@ def children(study: Study) -> list[Child]:
     runner = python_module("fedsynth_server.coordinator.runner", str(study.folder.absolute()))
     processes.append(Child("runner", runner, environment, stop_seconds=30.0, fatal_codes=frozenset({_UNUSABLE})))
     return processes
+
+
+def _reply_limit(study: Study) -> list[str]:
+    """Objects and bytes of the largest reply, asked of a process of its own: it needs torch, and this one lives for weeks.
+
+    Raises:
+        JobFailed: ``limit_unknown``.
+    """
+    command = python_module("fedsynth_server.coordinator.bounded_grid", str(study.folder.absolute() / "plan.toml"))
+    asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    limit = asked.stdout.split()
+    if asked.returncode != 0 or len(limit) != 2:
+        raise JobFailed(
+            "limit_unknown", f"How large a reply may be could not be computed: {asked.stderr.strip()[-500:]}"
+        )
+    return limit
 
 
 @dataclass
