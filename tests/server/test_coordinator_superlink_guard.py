@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fastapi import HTTPException
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.proto.fleet_pb2 import PushMessagesRequest, PushMessagesResponse
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest, PushObjectResponse
 from flwr.proto.node_pb2 import Node
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store.sql_object_store import SqlObjectStore
+from flwr.supercore.state.schema.linkstate_models import MessageIns
 from flwr.superlink.servicer.fleet import fleet_handlers
+from sqlalchemy import insert
 
-from fedsynth_server.coordinator.superlink import Guard, install, main
+from fedsynth.deployment.unpacking import object_ids
+from fedsynth_server.coordinator.superlink import Guard, displace_false_claims, install, main
 
 NODE, SUPERLINK = 77, 1
 
@@ -105,12 +114,68 @@ def test_the_bytes_of_a_reply_are_counted_together() -> None:
 def test_flowers_own_calls_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_handlers, "push_messages", take_messages)
     monkeypatch.setattr(fleet_handlers, "push_object", take_object)
+    flowers = SqlObjectStore.preregister
+    monkeypatch.setattr(SqlObjectStore, "preregister", flowers)
     install(Guard(objects=10, bytes=100))
+    assert SqlObjectStore.preregister is not flowers
     assert fleet_handlers.push_messages(request=pushed(), state=None).session_id == "taken"
     with pytest.raises(HTTPException):
         fleet_handlers.push_messages(request=pushed(src_node_id=78), state=None)
     with pytest.raises(HTTPException):
         fleet_handlers.push_object(request=PushObjectRequest(session_id=""), state=None)
+
+
+EMPTY = MetricRecord({})  # the same object in the replies of all sites
+RIGHT = RecordDict({"progress": EMPTY, "receipt": ConfigRecord({"head": "ab"})})
+FALSE = ObjectTree(
+    object_id="b" * 64,
+    children=[ObjectTree(object_id=EMPTY.object_id, children=[ObjectTree(object_id="a" * 64)])],
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SqlObjectStore:
+    """SuperLink's objects, guarded."""
+    for name in ("push_messages", "push_object"):
+        monkeypatch.setattr(fleet_handlers, name, getattr(fleet_handlers, name))
+    monkeypatch.setattr(SqlObjectStore, "preregister", SqlObjectStore.preregister)
+    made = SqlObjectStore(str(tmp_path / "state.sqlite"))
+    made.initialize()
+    SqlLinkState(str(tmp_path / "state.sqlite"), Mock(), made).initialize()
+    install(Guard(objects=10, bytes=100))
+    return made
+
+
+def whole(store: SqlObjectStore) -> bool:
+    """Whether the store knows what `RIGHT` is made of, and nothing else of it."""
+    return set(object_ids(store.get_object_tree(RIGHT.object_id))) == set(object_ids(get_object_tree(RIGHT)))
+
+
+@pytest.mark.parametrize("with_content", [False, True])
+def test_a_false_announcement_shuts_nobody_out(store: SqlObjectStore, with_content: bool) -> None:
+    store.preregister(1, FALSE)
+    if with_content:  # Flower compares content and id, not content and announced children
+        store.put(EMPTY.object_id, EMPTY.deflate())
+    missing = store.preregister(1, get_object_tree(RIGHT))
+    assert EMPTY.object_id in missing
+    assert whole(store)
+    assert FALSE.object_id not in store and "a" * 64 not in store
+
+
+def test_content_decides_between_announcements(store: SqlObjectStore) -> None:
+    store.preregister(1, get_object_tree(RIGHT))
+    store.put(EMPTY.object_id, EMPTY.deflate())
+    with pytest.raises(ValueError, match="different children"):
+        store.preregister(1, FALSE)
+    assert whole(store)
+
+
+def test_a_reply_displaces_no_task(store: SqlObjectStore) -> None:
+    store.preregister(1, get_object_tree(RIGHT))
+    with store.session() as session:
+        session.execute(insert(MessageIns).values(message_id=RIGHT.object_id))
+    displace_false_claims(store, FALSE)
+    assert RIGHT.object_id in store
 
 
 @pytest.mark.parametrize("arguments", [[], ["10"], ["ten", "100"], ["10", "-1"]])
