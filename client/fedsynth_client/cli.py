@@ -215,8 +215,8 @@ def stop(folder: SiteFolder) -> None:
     """Stop the site's node. A task in hand ends; its charge stands, and it runs again under it when asked again."""
     from fedsynth.deployment import supervisor
 
-    supervisor.stop(folder)
-    typer.echo("Stopped.")
+    there_was_one = supervisor.stop(folder)
+    typer.echo("Stopped." if there_was_one else "Ended what a killed supervisor had left running.")
 
 
 @app.command()

@@ -283,6 +283,24 @@ def test_the_next_start_ends_what_a_killed_supervisor_left(
     assert second.poll() is None
 
 
+def test_stop_ends_what_a_killed_supervisor_left(
+    tmp_path: Path, outside: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    first = outside(("worker", ENDURES))
+    wait_for(lambda: running_pid(tmp_path))
+    orphan = running_pid(tmp_path)
+    assert orphan is not None
+    first.kill()
+    first.wait(20)
+    assert psutil.pid_exists(orphan) and not is_running(tmp_path)
+
+    assert stop(tmp_path, 20.0) is False
+    assert not psutil.pid_exists(orphan) or psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(FedsynthError) as refused:
+        stop(tmp_path, 20.0)
+    assert refused.value.code == "not_running"
+
+
 def test_stopping_a_start_that_still_ends_leftovers_leaves_nothing(
     tmp_path: Path, outside: Callable[..., subprocess.Popen[bytes]]
 ) -> None:

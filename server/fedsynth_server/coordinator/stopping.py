@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fedsynth.deployment.supervisor import is_running, read_status, stop, supervise
-from fedsynth.errors import UsageError
+from fedsynth.deployment.supervisor import stop
 from fedsynth_server.coordinator.settings import Study
 
 _STOP_SECONDS = 90.0
@@ -19,13 +18,8 @@ def stop_study(study: Study) -> str:
         UsageError: ``not_running``.
         JobFailed: ``stop_timed_out``.
     """
-    if is_running(study.folder):
-        stop(study.folder, _STOP_SECONDS)
+    if stop(study.folder, _STOP_SECONDS):
         return "Stopped. `fedsynth study start` goes on from the checkpoint."
-    left = read_status(study.folder)
-    if left is None or all(child.pid is None for child in left.children):
-        raise UsageError("not_running", f"Nothing runs in {study.folder}.")
-    supervise(study.folder, [], tick=lambda: False)  # ends what an earlier supervisor left behind, and starts nothing
     return "Ended what a killed supervisor had left running."
 
 

@@ -223,15 +223,21 @@ def start_detached(folder: Path, command: Sequence[str], name: str = "supervisor
     return process.pid
 
 
-def stop(folder: Path, timeout: float = 60.0) -> None:
-    """Ask the folder's supervisor to stop, and wait until it has.
+def stop(folder: Path, timeout: float = 60.0) -> bool:
+    """Ask the folder's supervisor to stop, and wait until it has; returns whether there was one.
+
+    Without one, the processes that a killed one left behind, which work on, are ended.
 
     Raises:
-        UsageError: ``not_running``.
+        UsageError: ``not_running``: neither is there.
         JobFailed: ``stop_timed_out``.
     """
     if not is_running(folder):
-        raise UsageError("not_running", f"Nothing runs in {folder}.")
+        status = read_status(folder)
+        if status is None or not any(processes_of(child) for child in status.children):
+            raise UsageError("not_running", f"Nothing runs in {folder}.")
+        supervise(folder, [], tick=lambda: False)  # ends what an earlier supervisor left behind, and starts nothing
+        return False
     asked = False
     deadline = time.monotonic() + timeout
     while is_running(folder):
@@ -245,6 +251,7 @@ def stop(folder: Path, timeout: float = 60.0) -> None:
                 "stop_timed_out", f"The processes of {folder} are still ending.", "Wait, then ask for status."
             )
         time.sleep(0.2)
+    return True
 
 
 @contextmanager
