@@ -5,6 +5,7 @@ Every default refuses: no plan is approved, no module may train, nothing may be 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ import tomli_w
 from pydantic import Field
 
 from fedsynth.errors import Refused, UsageError
+from fedsynth.files import write_atomic
 from fedsynth.plan import MODULES, Module, Name, Section, StudyPlan
 from fedsynth.toml import load_toml
 
@@ -63,8 +65,13 @@ def load_policy(path: Path) -> SitePolicy:
 
 
 def save_policy(policy: SitePolicy, path: Path) -> None:
-    """Write `policy` as TOML."""
-    path.write_text(tomli_w.dumps(policy.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    """Write `policy` as TOML, whole or not at all, since a runner may read it at any moment; owner and mode stay."""
+    before = path.stat() if path.exists() else None
+    write_atomic(path, tomli_w.dumps(policy.model_dump(mode="json", exclude_none=True)).encode())
+    if before is not None:
+        if os.geteuid() == 0:
+            os.chown(path, before.st_uid, before.st_gid)
+        path.chmod(before.st_mode & 0o777)
 
 
 def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:

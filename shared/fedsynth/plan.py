@@ -315,6 +315,11 @@ class AggregationPlan(Section):
                 f"aggregation.rule = '{self.rule}' compares sites one against another: it needs weighting = 'equal' and "
                 "min_sites of at least 3"
             )
+        if self.rule == "trimmed_mean" and self.trim * self.min_sites < 1:
+            raise ValueError(
+                f"aggregation.trim = {self.trim:g} leaves nobody out of {self.min_sites} sites (aggregation.min_sites): "
+                "trim times min_sites must be at least 1"
+            )
         return self
 
 

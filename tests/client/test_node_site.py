@@ -27,6 +27,7 @@ from fedsynth_client.audit import audit
 from fedsynth_client.cli import app as site_cli
 from fedsynth_client.dry_run import dry_run, render
 from fedsynth_client.ledger import Task
+from fedsynth_client.node import start as node_start
 from fedsynth_client.node.doctor import network_lines, site_lines
 from fedsynth_client.node.registration import registered
 from fedsynth_client.node.settings import NodeSettings, load_settings, save_settings
@@ -250,12 +251,25 @@ def test_a_node_without_data_needs_no_policy_and_a_runner_no_node_key(node_site:
         (lambda folder: (folder / "keys" / "coordinator-ca.crt").write_text("x"), "certificate_unreadable"),
         (lambda folder: (folder / "ledger.sqlite").write_bytes(b"x" * 5000), "ledger_tampered"),
         (lambda folder: (folder / "node.toml").unlink(), "node_settings_missing"),
+        (lambda folder: folder.chmod(0o750), "folder_open_to_others"),
     ],
 )
 def test_what_could_not_work_is_not_started(node_site: Site, spoil: Callable[[Path], object], code: str) -> None:
     spoil(node_site.folder)
     assert code_of(run("start", node_site.folder, "--detach")) == code
     assert not (node_site.folder / "run" / "supervisor.json").exists()
+
+
+def test_what_a_node_writes_is_for_its_owner_alone(node_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = node_site.folder / "made"
+    monkeypatch.setattr(node_start, "supervise", lambda folder, processes: made.touch())
+    before = os.umask(0o022)
+    try:
+        node_start.start(node_site.folder)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    assert made.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_local_certificate_that_is_due_is_renewed_before_the_start(node_site: Site) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +192,20 @@ def test_an_account_of_a_tampered_ledger_is_refused(tiny_site: Site, tiny_plan: 
         account(tiny_site)
     assert refused.value.code == "ledger_tampered"
     assert "ledger_tampered" in failed(preflight(tiny_site, None))
+
+
+def test_a_policy_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "policy.toml"
+    save_policy(SitePolicy(site="a", declared_patients=100), path)
+    path.chmod(0o640)
+    save_policy(SitePolicy(site="a", declared_patients=200), path)
+    assert path.stat().st_mode & 0o777 == 0o640
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_policy(SitePolicy(site="a", declared_patients=300), path)
+    assert path.read_bytes() == before

@@ -137,3 +137,10 @@ def test_a_bounded_update_keeps_its_direction_and_not_its_length(
 def test_a_robust_rule_without_sites_to_compare_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="compares sites"):
         AggregationPlan.model_validate(changes)
+
+
+def test_a_trim_that_leaves_nobody_out_is_refused() -> None:
+    asked = {"rule": "trimmed_mean", "weighting": "equal", "min_sites": 4}
+    with pytest.raises(ValueError, match="leaves nobody out"):
+        AggregationPlan.model_validate({**asked, "trim": 0.2})
+    AggregationPlan.model_validate({**asked, "trim": 0.25})

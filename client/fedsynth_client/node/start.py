@@ -6,11 +6,13 @@ and the runner's, which holds the data and reaches nothing but the node.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from fedsynth.deployment import keys as key_files
+from fedsynth.deployment import machine
 from fedsynth.deployment.certificates import check_certificate, load_ca
 from fedsynth.deployment.checks import Line, check
 from fedsynth.deployment.network import split_address
@@ -52,11 +54,15 @@ def start(folder: Path, only: Part | None = None) -> None:
 
     Raises:
         UsageError: ``already_running``, or settings, keys or programs are missing.
-        Refused: policy, ledger, key files or runtime certificate do not allow it.
+        Refused: the folder's mode, policy, ledger, key files or runtime certificate do not allow it.
         JobFailed: ``child_gave_up``.
     """
-    prepare(folder, only)
-    supervise(folder, children(folder, load_settings(folder), only))
+    earlier = os.umask(0o077)  # ledger, stored answers and logs are for the owner's eyes
+    try:
+        prepare(folder, only)
+        supervise(folder, children(folder, load_settings(folder), only))
+    finally:
+        os.umask(earlier)
 
 
 def prepare(folder: Path, only: Part | None = None) -> None:
@@ -68,7 +74,7 @@ def prepare(folder: Path, only: Part | None = None) -> None:
     settings = load_settings(folder)
     if only is None:  # where node and runner live apart, who runs them hands both the same new files
         key_files.renew_runtime_tls(keys(folder), runtime_names(settings))
-    for line in local_lines(folder, settings, only):
+    for line in (check(lambda: machine.private_folder(folder)), *local_lines(folder, settings, only)):
         if not line.ok:
             raise Refused(line.code, line.what, line.remedy)
 
