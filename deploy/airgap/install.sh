@@ -3,7 +3,8 @@
 #
 #   ./install.sh VENV SHA256 [--node]
 #
-# SHA256 is the SHA-256 of the file SHA256SUMS, as the party that made the folder told you by another way.
+# SHA256 is the SHA-256 of the file SHA256SUMS, as the party that made the folder told you by another way. Whoever altered
+# the folder may have altered this file, too, so check both sums by hand before you run it (see the runbooks).
 # --node installs only what a site's networked node needs.
 # PYTHON names the Python to use (python3).
 set -euo pipefail

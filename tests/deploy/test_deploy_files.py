@@ -586,6 +586,23 @@ def test_the_installer_refuses_before_it_installs(tmp_path: Path, fault: str, wo
     assert fault == "venv" or not venv.exists()
 
 
+@pytest.mark.parametrize("runbook", ["RUNBOOK-site.md", "RUNBOOK-coordinator.md"])
+def test_a_wheelhouse_is_checked_before_its_installer_is_run(tmp_path: Path, runbook: str) -> None:
+    text = (DEPLOY / runbook).read_text(encoding="utf-8")
+    (command,) = [line for line in text.splitlines() if "install.sh" in line and not line.startswith("On ")]
+    house, ran = tmp_path / "house", tmp_path / "ran"
+    digest = _wheelhouse(house, "any")
+    (house / "install.sh").write_text(f"#!/bin/sh\ntouch {ran}\n", encoding="utf-8")
+    typed = command.replace("SHA256  SHA256SUMS", f"{digest}  SHA256SUMS")
+    subprocess.run(["sh", "-c", typed], cwd=house, capture_output=True, timeout=60, check=True)
+    assert ran.exists()
+    ran.unlink()
+    for altered in ("PLATFORM", "SHA256SUMS"):
+        (house / altered).write_text("altered", encoding="utf-8")
+        assert subprocess.run(["sh", "-c", typed], cwd=house, capture_output=True, timeout=60).returncode != 0
+        assert not ran.exists()
+
+
 # Health -------------------------------------------------------------------------------------------------------------
 
 
