@@ -39,6 +39,7 @@ from fedsynth.records import (
 from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, summed
 from fedsynth_server.checkpoint import CurveRow, Receipt, StudyState, first_state, load_state, save_state
 from fedsynth_server.fitting.fit import fit_statistic, statistic_template
+from fedsynth_server.statement import check_receipts
 from fedsynth_server.status import StatusFile
 
 _POLL_SECONDS = 0.5
@@ -306,7 +307,7 @@ def _attempt(
             waiting = {message: site for message, site in waiting.items() if site != answering}
             try:
                 answer = _accept(plan, reply, current, answering, order)
-                _check_not_forgotten(state.receipts.get(answering, {}), answer.receipt)
+                _check_receipt(plan, answering, module, state.receipts.get(answering, {}), answer.receipt)
             except FedsynthError as error:
                 current.missing[answering] = error.code
                 status.site(answering, "refused", error.code)
@@ -369,14 +370,21 @@ def largest_statistic(plan: StudyPlan, module: Module, site: str, template: Stat
     )
 
 
-def _check_not_forgotten(earlier: dict[Module, Receipt], receipt: Receipt) -> None:
-    """A ledger only grows: a site that states less than before has lost entries, and with them what it spent.
+def _check_receipt(
+    plan: StudyPlan, site: str, module: Module, earlier: dict[Module, Receipt], receipt: Receipt
+) -> None:
+    """Refuse a receipt that one site could spoil the whole study's release with, while the study can go on without it.
 
     Raises:
-        JobFailed: ``ledger_went_back``.
+        JobFailed: ``ledger_went_back``: a ledger only grows, so a site that states less than before has lost entries, and
+            with them what it spent. ``receipt_not_private``: noise from a seed, which the plan does not ask for.
+        Refused: as `check_receipts`.
     """
     if any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
         raise JobFailed("ledger_went_back", "A site's ledger holds less of this study than it did before.")
+    if plan.privacy.reproducible_seed is None and not receipt.private:
+        raise JobFailed("receipt_not_private", "A site states that its noise came from a seed.")
+    check_receipts(plan, site, {**earlier, module: receipt})
 
 
 def _refusal_code(reply: Message) -> str:

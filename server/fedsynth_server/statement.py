@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 
 from fedsynth.budget import mechanism
 from fedsynth.dp.accounting import Accountant, epsilon
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import Refused
-from fedsynth.plan import StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
-from fedsynth_server.checkpoint import StudyState
+from fedsynth_server.checkpoint import Receipt, StudyState
 
 _TRUST = (
     "Each hospital trusts its own machines. The coordinator is honest-but-curious: it sees every site's noisy weights "
@@ -38,21 +39,48 @@ _ONE_DIRECTION = (
 )
 
 
+def check_receipts(plan: StudyPlan, site: str, by_module: Mapping[Module, Receipt]) -> Receipt:
+    """Refuse receipts of a site that contradict the plan or themselves, since nothing could be released with them.
+
+    Returns:
+        The newest receipt.
+
+    Raises:
+        Refused: ``epsilon_above_plan``: the newest is above the budget. ``steps_above_plan``: one states more steps than the
+            plan has. ``epsilon_below_charges``: the newest states less than the steps that were released must have cost.
+    """
+    newest = max(by_module.values(), key=lambda receipt: receipt.order)
+    if newest.epsilon > plan.privacy.epsilon + 1e-6:
+        raise Refused(
+            "epsilon_above_plan",
+            f"Site {site} states epsilon {newest.epsilon:.4f}, above the plan's {plan.privacy.epsilon:g}.",
+        )
+    if any(receipt.steps > plan.training(module).steps for module, receipt in by_module.items()):
+        raise Refused("steps_above_plan", f"Site {site} states more steps than the plan has.")
+    history = [mechanism(plan, site, module, steps=receipt.steps) for module, receipt in by_module.items()]
+    least = epsilon(history, plan.privacy.delta, plan.privacy.accountant)
+    if newest.epsilon < least - 1e-6:
+        raise Refused(
+            "epsilon_below_charges",
+            f"Site {site} states epsilon {newest.epsilon:.4f}, but the steps that it released cost {least:.4f}.",
+            "Its ledger has lost entries; ask the site.",
+        )
+    return newest
+
+
 def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
     """What the sites spent on the study, as their receipts say, checked against what the plan allows.
 
     Raises:
-        Refused: ``receipts_missing``: no site has sent one. ``epsilon_above_plan``: a site's receipt is above the budget.
-            ``epsilon_below_charges``: a site states less than the steps that it released must have cost.
+        Refused: ``receipts_missing``: no site has sent one; and as `check_receipts`.
     """
     if not state.receipts:
         raise Refused("receipts_missing", "No site has taken part in this study yet, so there is nothing to release.")
     sites = []
     for name, by_module in sorted(state.receipts.items()):
-        mechanisms, history = [], []
+        mechanisms = []
         for module, receipt in by_module.items():
             charged = mechanism(plan, name, module, steps=receipt.steps)
-            history.append(charged)
             mechanisms.append(
                 Mechanism(
                     module=module,
@@ -64,19 +92,7 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
                     epsilon_alone=epsilon([charged], plan.privacy.delta, plan.privacy.accountant),
                 )
             )
-        newest = max(by_module.values(), key=lambda receipt: receipt.order)
-        if newest.epsilon > plan.privacy.epsilon + 1e-6:
-            raise Refused(
-                "epsilon_above_plan",
-                f"Site {name} states epsilon {newest.epsilon:.4f}, above the plan's {plan.privacy.epsilon:g}.",
-            )
-        least = epsilon(history, plan.privacy.delta, plan.privacy.accountant)
-        if newest.epsilon < least - 1e-6:
-            raise Refused(
-                "epsilon_below_charges",
-                f"Site {name} states epsilon {newest.epsilon:.4f}, but the steps that it released cost {least:.4f}.",
-                "Its ledger has lost entries; ask the site.",
-            )
+        newest = check_receipts(plan, name, by_module)
         sites.append(
             SiteStatement(
                 name=name,

@@ -124,6 +124,11 @@ BROKEN: dict[str, tuple[str, Spoil]] = {
     "text for epsilon": ("reply_malformed", receipt_with(epsilon="small")),
     "head is no digest": ("reply_malformed", receipt_with(head="../../etc")),
     "no steps": ("reply_malformed", receipt_with(steps=0)),
+    # What the release would be refused for, or marked as not private.
+    "epsilon above the plan": ("epsilon_above_plan", receipt_with(epsilon=1e6)),
+    "more steps than the plan": ("steps_above_plan", receipt_with(steps=10**9)),
+    "less than it cost": ("epsilon_below_charges", receipt_with(epsilon=1e-4)),
+    "noise from a seed": ("receipt_not_private", receipt_with(private=False)),
 }
 
 
