@@ -48,6 +48,7 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     def query_site(message: Message, context: Context) -> Message:
         def work(site: Site) -> RecordDict:
             check_task(message.content, ())
+            site.log.info("asked for its name by node %d", message.metadata.src_node_id)
             return _name(site)
 
         return Message(_guarded("site", lambda: folder_of(context), work), reply_to=message)

@@ -335,6 +335,11 @@ def test_the_text_of_an_error_stays_at_home(tiny_site: Site, capsys: pytest.Capt
     assert "Ursula" not in capsys.readouterr().err
 
 
+def test_that_a_name_was_told_is_logged(tiny_site: Site) -> None:
+    answered(tiny_site, message(RecordDict()))
+    assert "asked for its name by node 1" in (tiny_site.folder / "site.log").read_text()
+
+
 def test_a_stop_in_the_middle_of_a_task_is_told_and_ends_the_runner(tiny_site: Site) -> None:
     app = ClientApp()
 

@@ -194,6 +194,14 @@ def test_doctor_names_every_fault_with_its_remedy(study: Study) -> None:
     assert lines["sites_not_added"].state == "warn" and lines["key_missing"].state == "fail"
 
 
+def test_doctor_asks_for_an_authority_that_was_not_carried_away(study: Study) -> None:
+    assert "authority_key_here" not in {line.code for line in examine(study)}
+    (study.folder / "ca").mkdir()
+    (study.folder / "ca" / "ca-next.key").touch()
+    (found,) = [line for line in examine(study) if line.code == "authority_key_here"]
+    assert found.state == "warn" and "ca-next.key" in found.what
+
+
 def test_doctor_without_settings_says_only_that(tmp_path: Path) -> None:
     (line,) = examine(Study(tmp_path))
     assert line.code == "settings_missing" and not line.ok

@@ -68,6 +68,7 @@ def examine(study: Study) -> list[Line]:
         lambda: _checkpoint(study),
         lambda: _bundle(),
         lambda: _account(),
+        lambda: _authority_elsewhere(study),
     ]
     public, ca = study.settings.gateway.address, study.path(study.settings.superlink.ca)
     checks.append(lambda: _processes(study))
@@ -150,6 +151,18 @@ def _account() -> str:
             "Run the coordinator under an account of its own; it needs no privilege.",
         )
     return f"account: uid {os.geteuid()}, not the superuser"
+
+
+def _authority_elsewhere(study: Study) -> str:
+    """Where ``fedsynth deploy certs`` leaves the authority's key, until somebody carries it away."""
+    left = sorted((study.folder / "ca").rglob("*.key"))
+    if left:
+        raise Doubt(
+            "authority_key_here",
+            f"The authority's private key lies here ({left[0]}): who has it can pose as the gateway.",
+            "Move it to a medium in a safe.",
+        )
+    return "authority: its private key is not in this folder"
 
 
 def _superlink_certificate(study: Study) -> str:
