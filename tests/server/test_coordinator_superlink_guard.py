@@ -111,6 +111,24 @@ def test_the_bytes_of_a_reply_are_counted_together() -> None:
     assert not push("", 1)  # Flower would look for a reply that it fits to, and count for none
 
 
+def test_what_is_sent_again_over_a_bad_line_counts_once() -> None:
+    guard, kept = Guard(objects=10, bytes=100), set[str]()
+
+    def flower(request: PushObjectRequest, state: Any) -> PushObjectResponse:
+        new = request.object_id not in kept
+        kept.add(request.object_id)
+        return PushObjectResponse(stored=new)
+
+    def push(name: str) -> bool:
+        request = PushObjectRequest(node=Node(node_id=NODE), session_id="one", object_id=name, object_content=bytes(50))
+        return guard.push_object(request, None, flower).stored
+
+    assert push("a") and not push("a") and not push("a")
+    assert push("b")
+    with pytest.raises(HTTPException):
+        push("c")
+
+
 def test_flowers_own_calls_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_handlers, "push_messages", take_messages)
     monkeypatch.setattr(fleet_handlers, "push_object", take_object)

@@ -92,7 +92,12 @@ class Guard:
                 self._received.popitem(last=False)
         if received > self._bytes:
             raise _refused(request.node.node_id, f"its reply has more than {self._bytes} bytes")
-        return flower(request=request, state=state)
+        answer = flower(request=request, state=state)
+        if not answer.stored:  # sent again over a bad line, or never announced
+            with self._lock:
+                if request.session_id in self._received:
+                    self._received[request.session_id] -= len(request.object_content)
+        return answer
 
 
 def _more_than(tree: ObjectTree, limit: int) -> bool:
