@@ -91,7 +91,9 @@ def clean_study(new_federation: Callable[..., Federation], network_plan: Callabl
     """A study of five rounds, started and left to itself: it comes to its end while others are tested."""
     rounds = {"autoencoder": 2, "radiogenomics": 1, "gan": 2}
     federation = new_federation(network_plan(rounds, aggregation={"min_sites": 3, "round_timeout_s": 120.0}))
-    federation.start(STUDY, *federation.sites)
+    federation.start_study()
+    federation.wait_until(federation.is_open, 60, "a gateway that knows the sites")
+    federation.start(*federation.sites)
     return federation
 
 

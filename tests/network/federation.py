@@ -53,6 +53,7 @@ from fedsynth_client.sent import sent as sent_by
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import Receipt, load_state
 from fedsynth_server.coordinator.progress import progress_of
+from fedsynth_server.coordinator.registry import read_registry
 from fedsynth_server.status import StudyStatus, read_status
 
 STUDY = "study"
@@ -247,6 +248,10 @@ class Federation:
     def start_site(self, name: str) -> None:
         """`fedsynth site start`."""
         self.start(name)
+
+    def is_open(self) -> bool:
+        """Whether SuperLink knows the keys of all sites that were added: a node that asks earlier comes back later."""
+        return all(record.node_id is not None for record in read_registry(self.folder(STUDY)).valid().values())
 
     def stop(self, whose: str) -> int:
         """`fedsynth study|site stop`; returns the exit code of the process that was stopped."""
