@@ -102,14 +102,21 @@ OTHERS: dict[Path_, object] = {
     ("gan", "generator_trains"): "adapters",
     ("aggregation", "weighting"): "equal",
     ("aggregation", "min_sites"): 2,
+    ("aggregation", "max_update_norm"): 1.5,
     ("embedding",): {"budget_share": 0.05, "public": PUBLIC},
     ("embedding", "public", "sha256"): "e" * 64,
     ("moments", "public", "sha256"): "e" * 64,
     **{(module, "budget_share"): 0.1 for module in MODULES},
 }
 # Only one value is valid, so nothing can be confused.
-# Or the value alone makes no plan: moments take the place of other modules.
-FIXED: set[Path_] = {("schema_version",), ("privacy", "unit"), ("privacy", "noise"), ("moments",)}
+# Or the value alone makes no plan: moments take the place of other modules, a robust rule needs sites to compare.
+FIXED: set[Path_] = {
+    ("schema_version",),
+    ("privacy", "unit"),
+    ("privacy", "noise"),
+    ("moments",),
+    ("aggregation", "rule"),
+}
 # Morphology features are a choice from a list: leaving one out is the change.
 ALL_LEAVES = [
     (values, path, value)
@@ -130,6 +137,18 @@ def another(path: Path_, value: object) -> object:
         return value + 1
     assert isinstance(value, float)
     return value + 0.0078125
+
+
+def test_the_rule_of_aggregation_counts_for_the_digest(tmp_path: Path) -> None:
+    site = PLAN["sites"][0]
+    values = {**PLAN, "sites": [{**site, "name": name} for name in ("north", "south", "east")]}
+    plans = [
+        StudyPlan.model_validate({**values, "aggregation": {"rule": rule, "weighting": "equal", "min_sites": 3}})
+        for rule in ("mean", "median", "trimmed_mean")
+    ]
+    assert len({plan.digest for plan in plans}) == 3
+    save_plan(plans[1], tmp_path / "plan.toml")
+    assert load_plan(tmp_path / "plan.toml") == plans[1]
 
 
 @pytest.mark.parametrize(
