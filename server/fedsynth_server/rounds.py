@@ -55,7 +55,7 @@ _LOST = frozenset(
         ErrorCode.CLIENT_APP_CRASHED,
     }
 )
-_SENDS_A_ROUND = 6  # a site whose process dies of every task is not asked for ever
+_LOSSES_A_ROUND = 5  # a site whose process dies of every task is not asked for ever
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _attempt(
     open_sites = {site.name for site in plan.sites} - set(current.accepted)
     current.missing = dict.fromkeys(open_sites, "not_connected")
     waiting: dict[str, str] = {}  # message -> site
-    sends = dict.fromkeys(open_sites, 0)
+    losses = dict.fromkeys(open_sites, 0)
     send_at = dict.fromkeys(open_sites, began)
     silence = dict.fromkeys(open_sites, patience.silent_s)
     order = 1 + max((r.order for by_module in state.receipts.values() for r in by_module.values()), default=0)
@@ -270,9 +270,9 @@ def _attempt(
     while (now := time.monotonic()) < deadline:
         for site in sorted(open_sites):
             node = connected.get(site)
-            if node is None and sends[site] == 0:
+            if node is None and current.missing[site] == "not_connected":
                 status.site(site, "absent", "not_connected")
-            if node is None or sends[site] >= _SENDS_A_ROUND or now < send_at[site]:
+            if node is None or losses[site] >= _LOSSES_A_ROUND or now < send_at[site]:
                 continue
             message = Message(
                 current.content[site],
@@ -282,14 +282,13 @@ def _attempt(
                 ttl=max(1.0, deadline - now),
             )
             pushed = list(grid.push_messages([message]))
-            sends[site] += 1
             if pushed and pushed[0]:
                 waiting[pushed[0]] = site
                 send_at[site], silence[site] = now + silence[site], 2 * silence[site]
                 current.missing[site] = "no_answer"
                 status.site(site, "asked")
             else:
-                send_at[site] = now + _LOOK_SECONDS
+                losses[site], send_at[site] = losses[site] + 1, now + _LOOK_SECONDS
                 current.missing[site] = "not_sent"
                 status.site(site, "lost", "not_sent")
         for reply in grid.pull_messages(list(waiting)):
@@ -298,6 +297,7 @@ def _attempt(
             if answering is None or answering not in open_sites:  # answered before, to a task that was sent twice
                 continue
             if reply.has_error() and reply.error.code in _LOST:
+                losses[answering] += 1
                 if answering not in waiting.values():
                     send_at[answering] = now + _LOOK_SECONDS
                     current.missing[answering] = _refusal_code(reply)
@@ -317,7 +317,7 @@ def _attempt(
             status.site(answering, "answered")
         if not open_sites:
             return
-        can_still = {site for site in open_sites if sends[site] < _SENDS_A_ROUND}
+        can_still = {site for site in open_sites if losses[site] < _LOSSES_A_ROUND}
         if not waiting and (not can_still or (not can_still & set(connected) and now - began >= patience.absent_s)):
             return
         time.sleep(_POLL_SECONDS)

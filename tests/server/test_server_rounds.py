@@ -59,6 +59,7 @@ def quick(tiny_plan: StudyPlan, monkeypatch: pytest.MonkeyPatch) -> StudyPlan:
     """The plan of `tiny_folder`, with short waits at the coordinator."""
     monkeypatch.setattr(rounds, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(rounds, "_HELLO_TIMEOUT_SECONDS", 2.0)
+    monkeypatch.setattr(rounds, "_LOOK_SECONDS", 0.02)
     return tiny_plan
 
 
@@ -337,7 +338,6 @@ def one_module(plan: StudyPlan, folder: Path, **aggregation: object) -> StudyPla
 @pytest.fixture
 def only_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StudyPlan, "modules", ("autoencoder",))
-    monkeypatch.setattr(rounds, "_LOOK_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("only_autoencoder")
@@ -361,7 +361,7 @@ def test_a_site_whose_process_dies_of_every_task_is_not_asked_for_ever(tiny_fold
     grid.lose = {11: [8] * 100}
     state = run_study(grid, plan, tiny_folder / "study")
     assert {row["site"] for row in state.curves["autoencoder"]} == {"a"}
-    assert len([asked for asked in grid.asked if asked[0] == 11]) == rounds._SENDS_A_ROUND
+    assert len([asked for asked in grid.asked if asked[0] == 11]) == rounds._LOSSES_A_ROUND
     status = read_status(tiny_folder / "study")
     assert status is not None and (status.sites["b"].state, status.sites["b"].code) == ("lost", "flower_error_8")
 

@@ -123,7 +123,7 @@ class StudySettings(Section):
 
     patience_s: Annotated[float, Field(ge=0)] = 0.0
     absent_s: Annotated[float, Field(ge=0)] = 60.0
-    silent_s: Annotated[float, Field(ge=0)] = 300.0
+    silent_s: Annotated[float, Field(ge=0)] = 60.0
 
 
 class CoordinatorSettings(Section):

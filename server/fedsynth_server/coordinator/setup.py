@@ -48,7 +48,7 @@ patience_s = 0.0
 absent_s = 60.0
 # After how long, in seconds, a connected site that says nothing is sent its task again (then after twice as long, and so
 # on); it answers from what it stores, without a new charge. 0: never.
-silent_s = 300.0
+silent_s = 60.0
 """
 
 
