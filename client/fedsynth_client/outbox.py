@@ -92,17 +92,21 @@ class Outbox:
         return self.folder / "state" / f"{_name(task)}.safetensors"
 
 
-def check_ledger_is_whole(ledger: Ledger, outbox: Outbox) -> None:
+def check_ledger_is_whole(ledger: Ledger, outbox: Outbox) -> str:
     """Refuse to go on with a ledger that has forgotten a charge whose result lies in the outbox.
 
     A chain cannot show that its end was cut off; this shows a ledger that was removed, or restored from an older copy.
 
+    Returns:
+        What was found, in a sentence.
+
     Raises:
         Refused: ``ledger_incomplete``.
     """
+    entries = ledger.entries()
     charged = {
         _name(Task(entry.body["study"], entry.body["module"], entry.body["round"]))
-        for entry in ledger.entries()
+        for entry in entries
         if entry.kind == "charge"
     }
     forgotten = outbox.stored() - charged
@@ -113,6 +117,7 @@ def check_ledger_is_whole(ledger: Ledger, outbox: Outbox) -> None:
             "or restored from an older copy.",
             "Restore the newest ledger. Nothing can be trained until then.",
         )
+    return f"ledger: {len(entries)} entries, chain intact"
 
 
 def _name(task: Task) -> str:

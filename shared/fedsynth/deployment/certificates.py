@@ -117,14 +117,7 @@ def load_certificates(path: Path) -> list[x509.Certificate]:
     Raises:
         UsageError: ``certificate_missing``, ``certificate_unreadable``.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(
-            "certificate_missing", f"There is no certificate {path}.", "Put the file that you were given there."
-        ) from None
-    except OSError as error:
-        raise UsageError("certificate_unreadable", f"{path} cannot be read: {error.strerror}.") from None
+    content = _content(path, "certificate", "certificate", "Put the file that you were given there.")
     return _parse_certificates(content, str(path), "certificate_unreadable")
 
 
@@ -375,15 +368,16 @@ def _is_label(label: str, first: bool) -> bool:
 
 
 def _load_key(path: Path) -> CertificateIssuerPrivateKeyTypes:
+    return _parse_key(_content(path, "key", "private key", "Put it there, or make a new pair."), str(path))
+
+
+def _content(path: Path, code: str, what: str, remedy: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise UsageError(
-            "key_missing", f"There is no private key {path}.", "Put it there, or make a new pair."
-        ) from None
+        raise UsageError(f"{code}_missing", f"There is no {what} {path}.", remedy) from None
     except OSError as error:
-        raise UsageError("key_unreadable", f"{path} cannot be read: {error.strerror}.") from None
-    return _parse_key(content, str(path))
+        raise UsageError(f"{code}_unreadable", f"{path} cannot be read: {error.strerror}.") from None
 
 
 def _parse_key(content: bytes, label: str) -> CertificateIssuerPrivateKeyTypes:
