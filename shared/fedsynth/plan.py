@@ -323,11 +323,25 @@ class AggregationPlan(Section):
         return self
 
 
+class SiteEvaluationPlan(Section):
+    """Evaluation of the finished generator by the sites, on their held-out patients.
+
+    Nothing was trained on held-out patients, so they have an epsilon of their own, at the delta of the plan: each site
+    releases one noisy sum over them.
+    """
+
+    epsilon: Positive
+
+
 class SitePlan(Section):
-    """A taking-part site and the public size of its cohort, which the hospital declares (a rounded figure, not a count)."""
+    """A taking-part site and the public size of its cohort, which the hospital declares (a rounded figure, not a count).
+
+    `countersign_key` is the site's Ed25519 public key (32 bytes, hex): nothing is released without its signature.
+    """
 
     name: Name
     nominal_patients: Count
+    countersign_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 class StudyPlan(Section):
@@ -347,6 +361,7 @@ class StudyPlan(Section):
     embedding: EmbeddingPlan | None = None
     gan: GanPlan
     aggregation: AggregationPlan = AggregationPlan()
+    site_evaluation: SiteEvaluationPlan | None = None
     sites: list[SitePlan] = Field(min_length=1)
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,3 +29,17 @@ class SyntheticPatient:
     morphology: NDArray[np.float32]
     images: NDArray[np.float32]
     mask: NDArray[np.uint8]
+
+
+def subject_digest(patients: Iterable[SyntheticPatient]) -> str:
+    """SHA-256 (hex) of which patients these are, in their order: ids, labels, genes, morphology and masks.
+
+    The parts are those that a release keeps to the last bit, so it is the same for patients in memory and for those that
+    are read back from a release; it ties what was found out about synthetic patients to a release of these very ones.
+    """
+    digest = hashlib.sha256()
+    for patient in patients:
+        digest.update(f"{patient.participant_id}\n{patient.label}\n".encode())
+        for values, kind in ((patient.genes, "<f4"), (patient.morphology, "<f4"), (patient.mask > 0, "u1")):
+            digest.update(f"{values.shape}\n".encode() + np.ascontiguousarray(values, dtype=kind).tobytes())
+    return digest.hexdigest()

@@ -35,6 +35,7 @@ from torch import Tensor
 from fedsynth.dp.accounting import Demand, Mechanism, allocate, noise_multiplier
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.engines.moments import Sizes, pack_symmetric, rows_of_size, unpack_symmetric
+from fedsynth.evaluation.linear import class_scores, ridge_predictions
 from fedsynth.expression import to_panel_scale
 from fedsynth.metrics.association import association_map, map_agreement
 from fedsynth.metrics.coexpression import coexpression
@@ -51,7 +52,6 @@ from fedsynth_server.fitting.moments import fit_sum
 from fedsynth_simulations.benchmarking.grid import benchmark_plan
 from fedsynth_simulations.cohort.expression import public_profiles, reference_quantiles
 from fedsynth_simulations.cohort.panel import load_panel, pathways
-from fedsynth_simulations.evaluation.linear import class_scores, ridge_predictions
 from fedsynth_simulations.gene_basis import public_moments_weights, weights_of_basis
 from fedsynth_simulations.pretrain import pretrain_autoencoder
 

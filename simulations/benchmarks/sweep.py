@@ -35,6 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fedsynth.evaluation.samples import Volumes
 from fedsynth.metrics.domain_extractor import DomainExtractor
 from fedsynth.models.dcgan import make_generator
 from fedsynth.plan import StudyPlan, WarmStart
@@ -56,7 +57,6 @@ from fedsynth_simulations.benchmarking.recipes import (
     run_recipe,
 )
 from fedsynth_simulations.benchmarking.yardstick import draw_volumes, load_extractor, measure, volumes
-from fedsynth_simulations.evaluation.samples import Volumes
 from fedsynth_simulations.hospitals.sites import SITES
 
 Arrangement = Literal["federated", "pooled", "single"]

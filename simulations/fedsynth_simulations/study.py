@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,7 +24,9 @@ from rich.console import Console
 
 from fedsynth.engines.moments import sizes
 from fedsynth.errors import JobFailed, Refused, UsageError
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.evaluate import evaluate
+from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import read_json, write_json
 from fedsynth.metrics.domain_extractor import train_extractor
 from fedsynth.models.dcgan import make_generator
@@ -40,6 +42,7 @@ from fedsynth.synthesis import SyntheticProfiles, draw_patients
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_client.app import app as client_app
 from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.evaluation.patients import patients_of
 from fedsynth_client.ingest.command import report_path
 from fedsynth_client.ingest.prepare import prepare
 from fedsynth_client.ingest.report import render
@@ -57,8 +60,7 @@ from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
 from fedsynth_server.warm_start import load_warm_start, public_starts
 from fedsynth_simulations.cohort.public import PublicCohort, public_cohort
-from fedsynth_simulations.evaluate import concatenate, evaluate
-from fedsynth_simulations.evaluation.extractor import extractor_task
+from fedsynth_simulations.extractor import extractor_task
 from fedsynth_simulations.grid import InProcessGrid, Wiretap, run_in_process, untapped
 from fedsynth_simulations.hospitals import write_hospitals
 from fedsynth_simulations.plans import simulated_genes, study_plan, zscore_genes
@@ -120,10 +122,10 @@ def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
         with _stage("synthesis"):
             patients = synthesise(plan, state, settings.synthetic, _synthesis_generator(settings))
         with _stage("evaluation"):
-            cohorts = [load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in sources]
-            evaluation = _evaluation(out, plan, state, patients, concatenate(cohorts), settings)
+            cohorts = {name: load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in sources}
+            evaluation = _evaluation(out, plan, state, patients, cohorts, settings)
         with _stage("release"):
-            _release(out, plan, state, patients, evaluation, concatenate(cohorts), settings)
+            _release(out, plan, state, patients, evaluation, patients_of(cohorts), settings)
     with _stage("verification"):
         result = verify(release, release / "release.pub.pem")
         if not result.ok:
@@ -280,7 +282,7 @@ def _evaluation(
     plan: StudyPlan,
     state: StudyState,
     patients: list[SyntheticPatient],
-    cohort: Cohort,
+    cohorts: Mapping[str, Cohort],
     settings: Settings,
 ) -> Evaluation:
     """Evaluate on held-out patients: possible here because every site lies on this machine."""
@@ -299,8 +301,8 @@ def _evaluation(
 
     evaluation = evaluate(
         plan,
-        cohort.split("train"),
-        cohort.split("holdout"),
+        patients_of({name: cohort.split("train") for name, cohort in cohorts.items()}),
+        patients_of({name: cohort.split("holdout") for name, cohort in cohorts.items()}),
         patients,
         _public_only(out, plan, public, len(patients), generator),
         extractor,
@@ -353,14 +355,14 @@ def _release(
     state: StudyState,
     patients: list[SyntheticPatient],
     evaluation: Evaluation,
-    cohort: Cohort,
+    real: Patients,
     settings: Settings,
 ) -> None:
     key = out / "keys" / "release.pem"
     key.parent.mkdir(exist_ok=True)
     if not key.is_file():
         generate_key(key)
-    shown = cohort.rows(cohort.has_images)
+    shown = real.rows(real.has_images)
     examples = tuple(
         Example(plan.label.classes[label] if label >= 0 else "label unknown", images.astype(np.float32), mask)
         for label, images, mask in list(zip(shown.labels, shown.images, shown.masks, strict=True))[:_EXAMPLES]

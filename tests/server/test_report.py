@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fedsynth.errors import UsageError
-from fedsynth.evaluation import Evaluation, Figure, Section
+from fedsynth.evaluation.values import Evaluation, Figure, Section
 from fedsynth.plan import (
     TRAINED,
     AutoencoderPlan,
@@ -174,6 +174,7 @@ def evaluation(**changes: Any) -> Evaluation:
         ),
     ]
     values: dict[str, Any] = {
+        "subject": "0" * 64,
         "data": "simulated patients drawn from the MNI152 atlas; none is a person",
         "n_train": 480,
         "n_holdout": 120,

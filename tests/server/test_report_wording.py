@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsynth.evaluation import Figure
+from fedsynth.evaluation.values import Figure
 from fedsynth_server.release import wording
 from fedsynth_server.release.charts import Series, line_chart, place_chart, ticks
 

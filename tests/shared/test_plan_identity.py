@@ -103,6 +103,8 @@ OTHERS: dict[Path_, object] = {
     ("aggregation", "weighting"): "equal",
     ("aggregation", "min_sites"): 2,
     ("aggregation", "max_update_norm"): 1.5,
+    ("site_evaluation",): {"epsilon": 1.0},
+    **{("sites", place, "countersign_key"): "c" * 64 for place in range(3)},
     ("embedding",): {"budget_share": 0.05, "public": PUBLIC},
     ("embedding", "public", "sha256"): "e" * 64,
     ("moments", "public", "sha256"): "e" * 64,

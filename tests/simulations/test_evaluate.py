@@ -10,7 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fedsynth.errors import UsageError
-from fedsynth.evaluation import Evaluation, Figure
+from fedsynth.evaluation import networks, utility
+from fedsynth.evaluation.evaluate import evaluate
+from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.values import Evaluation, Figure
 from fedsynth.metrics import domain_extractor
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
 from fedsynth.metrics.phantoms import phantom_slices
@@ -19,8 +22,7 @@ from fedsynth.morphometry import measure
 from fedsynth.plan import StudyPlan
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_client.cohort import Cohort, PatientEntry
-from fedsynth_simulations.evaluate import concatenate, evaluate
-from fedsynth_simulations.evaluation import networks, utility
+from fedsynth_client.evaluation.patients import patients_of
 
 NAMES = [feature.name for feature in FEATURES]
 GENES = 40
@@ -55,7 +57,7 @@ def make_plan(size: int = 32, slices: int = 8) -> StudyPlan:
     )
 
 
-def make_cohort(n: int, plan: StudyPlan, seed: int) -> Cohort:
+def make_cohort(n: int, plan: StudyPlan, seed: int) -> Patients:
     """Elliptic heads with a ball-shaped tumour; two latent factors drive genes, size and brightness of the tumour."""
     rng = np.random.default_rng(seed)
     depth, size = plan.image.slices, plan.image.size
@@ -79,17 +81,20 @@ def make_cohort(n: int, plan: StudyPlan, seed: int) -> Cohort:
             images[i, channel] = np.clip(picture, 0, 1)
         masks[i] = tumour * 4
         morphology[i] = measure(images[i], masks[i], plan.image.sequences, spacing)
-    return Cohort(
-        tuple(PatientEntry(f"p{i:012x}", "train", True, True) for i in range(n)),
+    return Patients(
         images,
         masks,
         genes,
         normalise(morphology, NAMES),
         (factors[:, 1] > 0).astype(np.int64),
+        has_images=np.ones(n, dtype=bool),
+        has_genes=np.ones(n, dtype=bool),
+        sites=np.zeros(n, dtype=np.int64),
+        site_names=("a",),
     )
 
 
-def as_synthetic(cohort: Cohort, plan: StudyPlan) -> list[SyntheticPatient]:
+def as_synthetic(cohort: Patients, plan: StudyPlan) -> list[SyntheticPatient]:
     """A perfect generator: the patients of another draw of the same cohort."""
     return [
         SyntheticPatient(
@@ -104,7 +109,7 @@ def as_synthetic(cohort: Cohort, plan: StudyPlan) -> list[SyntheticPatient]:
     ]
 
 
-def least_squares(train: Cohort) -> Callable[[NDArray[np.float32]], NDArray[np.floating]]:
+def least_squares(train: Patients) -> Callable[[NDArray[np.float32]], NDArray[np.floating]]:
     middle = train.morphology.mean(axis=0)
     weights, *_ = np.linalg.lstsq(train.genes, train.morphology - middle, rcond=None)
     return lambda genes: genes @ weights + middle
@@ -120,12 +125,12 @@ def plan() -> StudyPlan:
 
 
 @pytest.fixture(scope="module")
-def train(plan: StudyPlan) -> Cohort:
+def train(plan: StudyPlan) -> Patients:
     return make_cohort(60, plan, seed=1)
 
 
 @pytest.fixture(scope="module")
-def holdout(plan: StudyPlan) -> Cohort:
+def holdout(plan: StudyPlan) -> Patients:
     return make_cohort(24, plan, seed=2)
 
 
@@ -143,7 +148,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_perfect_generator_reaches_the_ceiling_and_beats_every_floor(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor
 ) -> None:
     synthetic = as_synthetic(make_cohort(60, plan, seed=3), plan)
     evaluation = evaluate(
@@ -183,7 +188,7 @@ def test_a_perfect_generator_reaches_the_ceiling_and_beats_every_floor(
 
 
 def test_the_same_seed_gives_the_same_numbers(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor, monkeypatch: pytest.MonkeyPatch
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(utility, "CLASSIFIER_STEPS", 8)
     monkeypatch.setattr(utility, "UNET_STEPS", 8)
@@ -197,7 +202,7 @@ def test_the_same_seed_gives_the_same_numbers(
 
 
 def test_a_generator_of_one_picture_is_exposed(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor
 ) -> None:
     one = as_synthetic(make_cohort(1, plan, seed=3), plan)[0]
     synthetic = [
@@ -218,7 +223,7 @@ def test_a_generator_of_one_picture_is_exposed(
 
 
 def test_too_few_patients_and_missing_parts_give_gaps_with_reasons_not_numbers(
-    plan: StudyPlan, train: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, extractor: DomainExtractor
 ) -> None:
     few = make_cohort(4, plan, seed=2)
     few = replace(few, labels=np.full(4, -1), morphology=np.full_like(few.morphology, np.nan))
@@ -247,10 +252,10 @@ def test_too_few_patients_and_missing_parts_give_gaps_with_reasons_not_numbers(
 
 
 def test_no_images_no_genes_and_no_synthetic_patients_are_gaps_too(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor
 ) -> None:
-    without = tuple(replace(entry, has_images=False, has_genes=False) for entry in holdout.entries)
-    bare = replace(holdout, entries=without, genes=np.full_like(holdout.genes, np.nan))
+    nobody = np.zeros(len(holdout), dtype=bool)
+    bare = replace(holdout, has_images=nobody, has_genes=nobody, genes=np.full_like(holdout.genes, np.nan))
     evaluation = evaluate(plan, train, bare, [], [], extractor, least_squares(train), "x", 5)
     for section in evaluation.sections:
         for figure in section.figures:
@@ -259,7 +264,7 @@ def test_no_images_no_genes_and_no_synthetic_patients_are_gaps_too(
 
 
 def test_broken_numbers_in_a_release_are_named_not_averaged(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor
 ) -> None:
     synthetic = [
         replace(p, images=np.full_like(p.images, np.nan), genes=np.full_like(p.genes, np.nan))
@@ -270,16 +275,16 @@ def test_broken_numbers_in_a_release_are_named_not_averaged(
         assert figures[name].synthetic is None and "not finite" in figures[name].note, name
 
 
-def test_large_planes_are_averaged_down(train: Cohort) -> None:
-    from fedsynth_simulations.evaluation.samples import cohort_volumes, shrink
+def test_large_planes_are_averaged_down(train: Patients) -> None:
+    from fedsynth.evaluation.samples import real_volumes, shrink
 
     checks = np.indices((128, 128)).sum(axis=0) % 2
     assert np.array_equal(shrink(checks[None].astype(bool)), np.full((1, 64, 64), 0.5))
-    assert cohort_volumes(train).images.base is train.images or cohort_volumes(train).images is train.images
+    assert real_volumes(train).images.base is train.images or real_volumes(train).images is train.images
 
 
 def test_an_extractor_of_other_channels_and_unknown_labels_are_refused(
-    plan: StudyPlan, train: Cohort, holdout: Cohort, extractor: DomainExtractor
+    plan: StudyPlan, train: Patients, holdout: Patients, extractor: DomainExtractor
 ) -> None:
     synthetic = as_synthetic(make_cohort(9, plan, 3), plan)
     with pytest.raises(UsageError, match="extractor_channels"):
@@ -290,10 +295,17 @@ def test_an_extractor_of_other_channels_and_unknown_labels_are_refused(
         )
 
 
-def test_concatenate_keeps_rows_together(plan: StudyPlan, train: Cohort, holdout: Cohort) -> None:
-    both = concatenate([train, holdout])
-    assert len(both) == len(train) + len(holdout)
-    assert np.array_equal(both.images[len(train)], holdout.images[0])
-    assert both.entries[-1] == holdout.entries[-1] and both.labels[-1] == holdout.labels[-1]
+def test_patients_of_several_sites_keep_their_rows_and_sites_but_no_key() -> None:
+    def cohort(n: int) -> Cohort:
+        entries = tuple(PatientEntry(f"p{i:012x}", "train", True, i > 0) for i in range(n))
+        images, masks = np.full((n, 1, 2, 4, 4), n / 10, dtype=np.float16), np.zeros((n, 2, 4, 4), dtype=np.uint8)
+        genes, morphology = np.full((n, 3), n, dtype=np.float32), np.zeros((n, 2), dtype=np.float32)
+        return Cohort(entries, images, masks, genes, morphology, np.arange(n))
+
+    both = patients_of({"a": cohort(2), "b": cohort(3)})
+    assert both.sites.tolist() == [0, 0, 1, 1, 1] and both.site_names == ("a", "b")
+    assert both.genes[:, 0].tolist() == [2, 2, 3, 3, 3] and both.labels.tolist() == [0, 1, 0, 1, 2]
+    assert both.has_images.all() and both.has_genes.tolist() == [False, True, False, True, True]
+    assert both.rows(both.sites == 1).images.max() == np.float16(0.3)
     with pytest.raises(ValueError):
-        concatenate([])
+        patients_of({})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.plan import TRAINED, StudyPlan
 from fedsynth_client.account import account
 from fedsynth_client.site import Site
@@ -32,7 +32,9 @@ def short_plan(*arguments: object, **more: object) -> StudyPlan:
 @pytest.mark.skipif(not DATA.is_dir(), reason="the three TCGA-LGG folders are not beside the checkout")
 def test_three_real_hospitals_end_in_a_verified_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "study_plan", short_plan)
-    empty = Evaluation(data="public research patients", n_train=1, n_holdout=1, n_synthetic=3, sections=[])
+    empty = Evaluation(
+        subject="0" * 64, data="public research patients", n_train=1, n_holdout=1, n_synthetic=3, sections=[]
+    )
     monkeypatch.setattr(study, "_evaluation", lambda *_: empty)
     release = run(
         tmp_path / "out",

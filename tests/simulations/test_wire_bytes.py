@@ -22,7 +22,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.plan import TRAINED, Module, Section, StudyPlan, load_plan
 from fedsynth.records import PROGRESS, PUBLIC, RECEIPT, WEIGHTS, State
 from fedsynth_client.site import Site
@@ -74,7 +74,9 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(study, "study_plan", small_plan)
         # Evaluating takes minutes and reads no message; its figures have tests of their own.
-        empty = Evaluation(data="simulated patients", n_train=1, n_holdout=1, n_synthetic=4, sections=[])
+        empty = Evaluation(
+            subject="0" * 64, data="simulated patients", n_train=1, n_holdout=1, n_synthetic=4, sections=[]
+        )
         patched.setattr(study, "_evaluation", lambda *_: empty)
         run(seen.out, settings, seen.tap)
     yield seen

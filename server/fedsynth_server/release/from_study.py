@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from fedsynth.errors import Refused, UsageError
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.plan import load_plan
 from fedsynth_server.checkpoint import load_state
 from fedsynth_server.outcome import study_outcome

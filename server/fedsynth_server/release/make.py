@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from fedsynth.errors import JobFailed, Refused, UsageError
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import DISK_FULL
 from fedsynth.plan import StudyPlan, save_plan
 from fedsynth.statement import PrivacyStatement

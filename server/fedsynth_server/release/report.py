@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from fedsynth.errors import UsageError
-from fedsynth.evaluation import Evaluation, Figure
+from fedsynth.evaluation.values import Evaluation, Figure
 from fedsynth.files import write_atomic
 from fedsynth.plan import StudyPlan
 from fedsynth.records import PUBLIC

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsynth.evaluation import Figure
+from fedsynth.evaluation.values import Figure
 from fedsynth.plan import StudyPlan
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsynth.evaluation.networks import fit, predict
 from fedsynth.metrics.roc_auc import macro_auc
 from fedsynth_simulations.benchmarking.cohorts import load_public
 from fedsynth_simulations.cohort.public import PublicCohort
-from fedsynth_simulations.evaluation.extractor import extractor_task
-from fedsynth_simulations.evaluation.networks import fit, predict
+from fedsynth_simulations.extractor import extractor_task
 
 SIZE = 32
 CLASSES = ("glioma", "meningioma", "pituitary")

@@ -1,6 +1,6 @@
 """How good are drawn patients? One quick measurement, the same for every recipe, on held-out real patients.
 
-The measures are those of the release's report (`fedsynth_simulations.evaluation`) with the same networks and settings;
+The measures are those of the release's report (`fedsynth.evaluation`) with the same networks and settings;
 bootstrap intervals and what does not concern images are left out. Nothing is chosen by these numbers during a run.
 """
 
@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from fedsynth.evaluation.fidelity import head_positions
+from fedsynth.evaluation.linear import class_scores
+from fedsynth.evaluation.networks import SliceClassifier, SmallUNet, fit, predict, segmentation_loss
+from fedsynth.evaluation.samples import Volumes, even_slices, training_slices
+from fedsynth.evaluation.utility import patient_features, positive_pixels
 from fedsynth.metrics.density_coverage import density_coverage
 from fedsynth.metrics.dice import dice_by_patient
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract, train_extractor
@@ -30,12 +35,7 @@ from fedsynth.plan import StudyPlan
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_simulations.benchmarking.cohorts import Patients
 from fedsynth_simulations.cohort.public import PublicCohort
-from fedsynth_simulations.evaluation.extractor import extractor_task
-from fedsynth_simulations.evaluation.fidelity import head_positions
-from fedsynth_simulations.evaluation.linear import class_scores
-from fedsynth_simulations.evaluation.networks import SliceClassifier, SmallUNet, fit, predict, segmentation_loss
-from fedsynth_simulations.evaluation.samples import Volumes, even_slices, training_slices
-from fedsynth_simulations.evaluation.utility import patient_features, positive_pixels
+from fedsynth_simulations.extractor import extractor_task
 
 # As in the release's report.
 _TRAINING_SLICES = 4000
@@ -80,7 +80,7 @@ class Score:
 
 def volumes(patients: Patients) -> Volumes:
     """Prepared patients as the metrics take them."""
-    return Volumes(patients.images, patients.masks > 0, patients.labels)
+    return Volumes(patients.images, patients.masks > 0, patients.labels, np.full(len(patients.labels), -1))
 
 
 def draw_volumes(plan: StudyPlan, model: Generator, profiles: SyntheticProfiles, generator: torch.Generator) -> Volumes:
@@ -100,7 +100,8 @@ def draw_volumes(plan: StudyPlan, model: Generator, profiles: SyntheticProfiles,
             drawn = model(z, code).unflatten(0, (len(rows), len(positions))).transpose(1, 2)
         images.append(((drawn[:, :-1] + 1) / 2).half())
         masks.append(drawn[:, -1] > 0)
-    return Volumes(torch.cat(images).numpy(), torch.cat(masks).numpy(), profiles.labels.numpy())
+    labels = profiles.labels.numpy()
+    return Volumes(torch.cat(images).numpy(), torch.cat(masks).numpy(), labels, np.full(len(labels), -1))
 
 
 def measure(
@@ -166,7 +167,7 @@ def _fidelity(drawn: Volumes, holdout: Volumes, extractor: DomainExtractor, seed
 
 
 def _only(volumes: Volumes, channel: int) -> Volumes:
-    return Volumes(volumes.images[:, channel : channel + 1], volumes.masks, volumes.labels)
+    return Volumes(volumes.images[:, channel : channel + 1], volumes.masks, volumes.labels, volumes.sites)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -8,17 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from fedsynth.evaluation import Section
+from fedsynth.evaluation.columns import Columns, beside_floor, figure, interval
+from fedsynth.evaluation.linear import class_scores
+from fedsynth.evaluation.networks import SliceClassifier, SmallUNet, fit, predict, segmentation_loss
+from fedsynth.evaluation.samples import Volumes, shrink_factor, training_slices
+from fedsynth.evaluation.values import Section
 from fedsynth.metrics.bootstrap import Rows
 from fedsynth.metrics.dice import dice_by_patient
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract
 from fedsynth.metrics.measurable import NotMeasurable, require_rows
 from fedsynth.metrics.roc_auc import macro_auc, roc_auc
 from fedsynth.plan import StudyPlan
-from fedsynth_simulations.evaluation.columns import Columns, beside_floor, figure, interval
-from fedsynth_simulations.evaluation.linear import class_scores
-from fedsynth_simulations.evaluation.networks import SliceClassifier, SmallUNet, fit, predict, segmentation_loss
-from fedsynth_simulations.evaluation.samples import Volumes, shrink_factor, training_slices
 
 MIN_TEST_PATIENTS = 8
 MAX_TEST_PATIENTS = 150

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsynth.evaluation import Section
+from fedsynth.evaluation.columns import Columns, beside_floor, figure, interval
+from fedsynth.evaluation.linear import class_scores
+from fedsynth.evaluation.samples import Profiles
+from fedsynth.evaluation.values import Section
 from fedsynth.metrics.coexpression import coexpression
 from fedsynth.metrics.discrimination import discriminative_auc
 from fedsynth.metrics.marginals import mean_wasserstein, sd_ratios, spread_error
 from fedsynth.metrics.measurable import NotMeasurable, require_rows
 from fedsynth.metrics.roc_auc import macro_auc
 from fedsynth.plan import StudyPlan
-from fedsynth_simulations.evaluation.columns import Columns, beside_floor, figure, interval
-from fedsynth_simulations.evaluation.linear import class_scores
-from fedsynth_simulations.evaluation.samples import Profiles
 
 MIN_TEST_PATIENTS = 8
 

@@ -13,32 +13,32 @@ import torch
 from numpy.typing import NDArray
 
 from fedsynth.errors import UsageError
-from fedsynth.evaluation import Evaluation
+from fedsynth.evaluation.columns import NOT_ASKED, Columns
+from fedsynth.evaluation.fidelity import fidelity
+from fedsynth.evaluation.genes import genes
+from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.radiogenomics import radiogenomics, remeasured
+from fedsynth.evaluation.samples import (
+    real_profiles,
+    real_volumes,
+    synthetic_profiles,
+    synthetic_volumes,
+)
+from fedsynth.evaluation.utility import utility
+from fedsynth.evaluation.values import Evaluation
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
 from fedsynth.metrics.phantoms import phantom_slices
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
-from fedsynth.synthetic import SyntheticPatient
-from fedsynth_client.cohort import Cohort
-from fedsynth_simulations.evaluation.columns import NOT_ASKED, Columns
-from fedsynth_simulations.evaluation.fidelity import fidelity
-from fedsynth_simulations.evaluation.genes import genes
-from fedsynth_simulations.evaluation.radiogenomics import radiogenomics, remeasured
-from fedsynth_simulations.evaluation.samples import (
-    cohort_profiles,
-    cohort_volumes,
-    synthetic_profiles,
-    synthetic_volumes,
-)
-from fedsynth_simulations.evaluation.utility import utility
+from fedsynth.synthetic import SyntheticPatient, subject_digest
 
 PHANTOMS = 4000
 
 
 def evaluate(
     plan: StudyPlan,
-    train: Cohort,
-    holdout: Cohort,
+    train: Patients,
+    holdout: Patients,
     synthetic: Sequence[SyntheticPatient],
     public_only: Sequence[SyntheticPatient] | None,
     extractor: DomainExtractor | None,
@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         plan: the study plan, whose scales and feature order all arguments share.
-        train: real patients of all sites that were trained on; the ceiling. See `concatenate`.
+        train: real patients of all sites that were trained on; the ceiling.
         holdout: real patients of all sites that nothing was trained on.
         synthetic: the release.
         public_only: patients of the warm-start generator without any private data; None when there is none.
@@ -73,15 +73,15 @@ def evaluate(
     if extractor is None:
         extractor = phantom_extractor(channels, draws[0])
 
-    holdout_volumes, holdout_profiles = cohort_volumes(holdout), cohort_profiles(holdout)
+    holdout_volumes, holdout_profiles = real_volumes(holdout), real_profiles(holdout)
     volumes = Columns(
         synthetic_volumes(plan, synthetic),
-        cohort_volumes(train),
+        real_volumes(train),
         public_only=NOT_ASKED if public_only is None else synthetic_volumes(plan, public_only),
     )
     profiles = Columns(
         synthetic_profiles(plan, synthetic),
-        cohort_profiles(train),
+        real_profiles(train),
         public_only=NOT_ASKED if public_only is None else synthetic_profiles(plan, public_only),
     )
     sections = []
@@ -95,7 +95,12 @@ def evaluate(
     say("Evaluating genes")
     sections.append(genes(plan, profiles, holdout_profiles, draws[4]))
     return Evaluation(
-        data=data, n_train=len(train), n_holdout=len(holdout), n_synthetic=len(synthetic), sections=sections
+        subject=subject_digest(synthetic),
+        data=data,
+        n_train=len(train),
+        n_holdout=len(holdout),
+        n_synthetic=len(synthetic),
+        sections=sections,
     )
 
 
@@ -105,19 +110,3 @@ def phantom_extractor(channels: int, rng: np.random.Generator) -> DomainExtracto
     images, targets = phantom_slices(PHANTOMS, channels, 64, rng)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     return train_extractor(images, targets, generator, f"{PHANTOMS} drawn phantoms")
-
-
-def concatenate(cohorts: Sequence[Cohort]) -> Cohort:
-    """All patients of `cohorts`, which share one plan, in one cohort.
-
-    Raises:
-        ValueError: there are none, or their arrays differ in any dimension but the first.
-    """
-    return Cohort(
-        tuple(entry for cohort in cohorts for entry in cohort.entries),
-        np.concatenate([cohort.images for cohort in cohorts]),
-        np.concatenate([cohort.masks for cohort in cohorts]),
-        np.concatenate([cohort.genes for cohort in cohorts]),
-        np.concatenate([cohort.morphology for cohort in cohorts]),
-        np.concatenate([cohort.labels for cohort in cohorts]),
-    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsynth.evaluation import Section
+from fedsynth.evaluation.columns import Columns, attempt, figure
+from fedsynth.evaluation.samples import Volumes, even_slices
+from fedsynth.evaluation.values import Section
 from fedsynth.metrics.density_coverage import density_coverage
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract
 from fedsynth.metrics.frechet import frechet_distance
@@ -14,8 +16,6 @@ from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.precision_recall import precision_recall
 from fedsynth.metrics.ssim_diversity import mean_pairwise_ssim
 from fedsynth.morphometry import HEAD_THRESHOLD
-from fedsynth_simulations.evaluation.columns import Columns, attempt, figure
-from fedsynth_simulations.evaluation.samples import Volumes, even_slices
 
 MAX_SLICES = 2000
 LEAST_HEAD = 0.02  # share of the plane
@@ -128,5 +128,6 @@ def _one_mean_patient(real: Volumes, patients: int) -> Volumes:
     return Volumes(
         np.broadcast_to(mean, (patients, *mean.shape)),
         np.zeros((patients, *real.masks.shape[1:]), dtype=bool),
+        np.full(patients, -1),
         np.full(patients, -1),
     )

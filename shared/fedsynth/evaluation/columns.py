@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from fedsynth.evaluation import Figure
+from fedsynth.evaluation.values import Figure
 from fedsynth.metrics.bootstrap import Rows, bootstrap_interval
 from fedsynth.metrics.measurable import NotMeasurable
 

@@ -8,7 +8,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsynth.evaluation import Figure, Section
+from fedsynth.evaluation.columns import NOT_ASKED, Columns, attempt, beside_floor, figure, interval
+from fedsynth.evaluation.linear import ridge_predictions
+from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.samples import Profiles
+from fedsynth.evaluation.values import Figure, Section
 from fedsynth.metrics.association import association_map, map_agreement
 from fedsynth.metrics.measurable import NotMeasurable, require_finite, require_rows
 from fedsynth.metrics.regression import (
@@ -22,10 +26,6 @@ from fedsynth.morphometry import measure
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
 from fedsynth.synthetic import SyntheticPatient
-from fedsynth_client.cohort import Cohort
-from fedsynth_simulations.evaluation.columns import NOT_ASKED, Columns, attempt, beside_floor, figure, interval
-from fedsynth_simulations.evaluation.linear import ridge_predictions
-from fedsynth_simulations.evaluation.samples import Profiles
 
 MIN_TEST_PATIENTS = 8
 MAX_MEASURED = 200
@@ -207,7 +207,7 @@ def _consistency(names: list[str], measured: Columns[tuple[Values, Values]], rng
 def remeasured(
     plan: StudyPlan,
     synthetic: Sequence[SyntheticPatient],
-    holdout: Cohort,
+    holdout: Patients,
     public_only: Sequence[SyntheticPatient] | None,
 ) -> Columns[tuple[Values, Values]]:
     """Intended morphology and that measured in the image, (N, F) each and normalised, N at most `MAX_MEASURED`.

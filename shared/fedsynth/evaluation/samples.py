@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsynth.errors import UsageError
+from fedsynth.evaluation.patients import Patients
 from fedsynth.metrics.measurable import NotMeasurable, require_finite
 from fedsynth.morphology import normalise
 from fedsynth.plan import StudyPlan
 from fedsynth.synthetic import SyntheticPatient
-from fedsynth_client.cohort import Cohort
 
 LARGEST_SIZE = 64
 
@@ -26,18 +26,20 @@ class Volumes:
         images: (N, C, S, H, W) float in [0, 1].
         masks: (N, S, H, W) true in the tumour.
         labels: (N,) class codes, -1 where unknown.
+        sites: (N,) site codes, -1 for synthetic patients.
     """
 
     images: NDArray[np.floating]
     masks: NDArray[np.bool_]
     labels: NDArray[np.int64]
+    sites: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, rows: NDArray[np.integer]) -> Volumes:
         """The patients `rows`."""
-        return Volumes(self.images[rows], self.masks[rows], self.labels[rows])
+        return Volumes(self.images[rows], self.masks[rows], self.labels[rows], self.sites[rows])
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,20 @@ class Profiles:
         genes: (N, G) float32 on the plan's normalised scale.
         morphology: (N, F) float32 normalised to [0, 1], NaN where not measured.
         labels: (N,) class codes, -1 where unknown.
+        sites: (N,) site codes, -1 for synthetic patients.
     """
 
     genes: NDArray[np.float32]
     morphology: NDArray[np.float32]
     labels: NDArray[np.int64]
+    sites: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.genes)
 
     def take(self, rows: NDArray[np.integer]) -> Profiles:
         """The patients `rows`."""
-        return Profiles(self.genes[rows], self.morphology[rows], self.labels[rows])
+        return Profiles(self.genes[rows], self.morphology[rows], self.labels[rows], self.sites[rows])
 
     @property
     def with_morphology(self) -> Profiles:
@@ -67,18 +71,17 @@ class Profiles:
         return self.take(np.flatnonzero(np.isfinite(self.morphology).any(axis=1)))
 
 
-def cohort_volumes(cohort: Cohort) -> Volumes:
-    """The patients of `cohort` that have images, on a grid of at most `LARGEST_SIZE` pixels."""
-    keep = cohort.has_images
-    if not keep.all():  # indexing copies, and images are large
-        cohort = cohort.rows(keep)
-    return Volumes(shrink(cohort.images), shrink(cohort.masks > 0) >= 0.5, cohort.labels)
+def real_volumes(patients: Patients) -> Volumes:
+    """The patients that have images, on a grid of at most `LARGEST_SIZE` pixels."""
+    if not patients.has_images.all():  # indexing copies, and images are large
+        patients = patients.rows(patients.has_images)
+    return Volumes(shrink(patients.images), shrink(patients.masks > 0) >= 0.5, patients.labels, patients.sites)
 
 
-def cohort_profiles(cohort: Cohort) -> Profiles:
-    """The patients of `cohort` that have genes."""
-    keep = cohort.has_genes
-    return Profiles(cohort.genes[keep], cohort.morphology[keep], cohort.labels[keep])
+def real_profiles(patients: Patients) -> Profiles:
+    """The patients that have genes."""
+    keep = patients.has_genes
+    return Profiles(patients.genes[keep], patients.morphology[keep], patients.labels[keep], patients.sites[keep])
 
 
 def synthetic_volumes(plan: StudyPlan, patients: Sequence[SyntheticPatient]) -> Volumes:
@@ -90,7 +93,7 @@ def synthetic_volumes(plan: StudyPlan, patients: Sequence[SyntheticPatient]) -> 
     shape = (len(plan.image.sequences), plan.image.slices, plan.image.size, plan.image.size)
     images = np.array([patient.images for patient in patients], dtype=np.float16).reshape(-1, *shape)
     masks = np.array([patient.mask > 0 for patient in patients], dtype=bool).reshape(-1, *shape[1:])
-    return Volumes(shrink(images), shrink(masks) >= 0.5, _codes(plan, patients))
+    return Volumes(shrink(images), shrink(masks) >= 0.5, _codes(plan, patients), np.full(len(patients), -1))
 
 
 def synthetic_profiles(plan: StudyPlan, patients: Sequence[SyntheticPatient]) -> Profiles:
@@ -102,7 +105,7 @@ def synthetic_profiles(plan: StudyPlan, patients: Sequence[SyntheticPatient]) ->
     names = plan.morphology.features
     genes = np.array([patient.genes for patient in patients], dtype=np.float32).reshape(-1, len(plan.genes.panel))
     morphology = np.array([patient.morphology for patient in patients], dtype=np.float64).reshape(-1, len(names))
-    return Profiles(genes, normalise(morphology, names), _codes(plan, patients))
+    return Profiles(genes, normalise(morphology, names), _codes(plan, patients), np.full(len(patients), -1))
 
 
 def _codes(plan: StudyPlan, patients: Sequence[SyntheticPatient]) -> NDArray[np.int64]:
