@@ -27,6 +27,7 @@ from fedsynth.evaluation.samples import (
 from fedsynth.evaluation.utility import utility
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
+from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.phantoms import phantom_slices
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
@@ -42,7 +43,7 @@ def evaluate(
     synthetic: Sequence[SyntheticPatient],
     public_only: Sequence[SyntheticPatient] | None,
     extractor: DomainExtractor | None,
-    predict_morphology: Callable[[NDArray[np.float32]], NDArray[np.floating]],
+    predict_morphology: Callable[[NDArray[np.float32]], NDArray[np.floating]] | None,
     data: str,
     seed: int,
 ) -> Evaluation:
@@ -55,7 +56,8 @@ def evaluate(
         synthetic: the release.
         public_only: patients of the warm-start generator without any private data; None when there is none.
         extractor: the named feature network, trained on public data; None trains one on phantoms.
-        predict_morphology: the released DNN: genes (N, G) -> morphology (N, F) normalised to [0, 1].
+        predict_morphology: the released DNN: genes (N, G) -> morphology (N, F) normalised to [0, 1]; None for whoever has
+            the release alone, which holds no weights: the network's own errors are then not measured.
         data: what the real patients are, for the reader, e.g. ``"simulated patients"``.
         seed: of every random draw; the same seed gives the same numbers on the same machine.
 
@@ -91,7 +93,9 @@ def evaluate(
     sections.append(utility(plan, volumes, holdout_volumes, extractor, draws[2]))
     say("Evaluating radiogenomics")
     measured = remeasured(plan, synthetic, holdout, public_only)
-    sections.append(radiogenomics(plan, profiles, holdout_profiles, predict_morphology, measured, draws[3]))
+    sections.append(
+        radiogenomics(plan, profiles, holdout_profiles, predict_morphology or _no_network, measured, draws[3])
+    )
     say("Evaluating genes")
     sections.append(genes(plan, profiles, holdout_profiles, draws[4]))
     return Evaluation(
@@ -102,6 +106,10 @@ def evaluate(
         n_synthetic=len(synthetic),
         sections=sections,
     )
+
+
+def _no_network(genes: NDArray[np.float32]) -> NDArray[np.floating]:
+    raise NotMeasurable("the network's weights are no part of a release")
 
 
 def phantom_extractor(channels: int, rng: np.random.Generator) -> DomainExtractor:
