@@ -8,6 +8,15 @@ from pydantic import BaseModel, ConfigDict
 
 SectionId = Literal["fidelity", "utility", "radiogenomics", "genes"]
 
+# Stands in `data` of what was computed, without privacy, on patients who are neither simulated nor public: what carries it
+# stays where it was computed, and no release takes it.
+NOT_PUBLIC = "not public: computed without privacy, to stay where it was computed"
+
+
+def may_be_shared(data: str) -> bool:
+    """Whether what was found on patients described by `data` may leave the place where it was computed."""
+    return NOT_PUBLIC not in data
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,0 +1,111 @@
+"""Evaluations, attacks and audits on a terminal."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsynth.attacks.values import Attacks, Rate
+from fedsynth.auditing.values import Audit
+from fedsynth.evaluation.values import Evaluation, Figure
+
+_ARROWS = {"higher": "↑", "lower": "↓", "none": " "}
+
+
+def show_evaluation(found: Evaluation, console: Console | None = None) -> None:
+    """Print every figure with its interval, beside its ceiling and its floor."""
+    console = console or Console()
+    console.print(
+        f"{found.n_synthetic} synthetic patients; {found.n_train} real patients that were trained on, {found.n_holdout} "
+        f"held out. {escape(found.data)}.",
+        soft_wrap=True,
+    )
+    for section in found.sections:
+        table = Table(title=escape(section.title), title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("measure", ratio=1)
+        for name in ("synthetic", "95 % interval", "real", "floor"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for figure in section.figures:
+            table.add_row(f"{_ARROWS[figure.better]} {escape(figure.metric)}", *_cells(figure))
+        console.print(table)
+
+
+def show_attacks(found: Attacks, console: Console | None = None) -> None:
+    """Print every attack with its intervals."""
+    console = console or Console()
+    console.print(f"{found.n_synthetic} synthetic patients attacked. {escape(found.data)}.", soft_wrap=True)
+    table = Table(title="Who was trained on? (AUC 0.5 is guessing)", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("attack", "sees", "site"):
+        table.add_column(name)
+    for name in ("members", "others", "AUC", "found at 1 % false"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for attack in found.membership:
+        at = next((point for point in attack.points if point.asked == 0.01), None)
+        table.add_row(
+            escape(attack.title),
+            attack.view,
+            escape(attack.site) or "all",
+            str(attack.members),
+            str(attack.non_members),
+            _rate(attack.area),
+            "-" if at is None else _rate(at.true_positive_rate),
+        )
+    console.print(table)
+    if found.attributes:
+        table = Table(title="What can be guessed of a member", title_justify="left", box=SIMPLE_HEAD)
+        for name in ("attack", "score"):
+            table.add_column(name)
+        for name in ("members", "others", "difference"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for guess in found.attributes:
+            scores = (_number(guess.members), _number(guess.non_members), _rate(guess.gap))
+            table.add_row(escape(guess.title), escape(guess.metric), *scores)
+        console.print(table)
+    for copies in found.copies:
+        console.print(
+            f"Copies of {copies.of}: {copies.found} of {copies.compared} synthetic patients are as like a training patient "
+            f"as a copy would be; {copies.found_holdout} are as like a held-out patient, whom nobody can have copied.",
+            soft_wrap=True,
+        )
+    for line in found.not_done:
+        console.print(f"[yellow]Not done:[/] {escape(line)}", soft_wrap=True)
+
+
+def show_audit(found: Audit, console: Console | None = None) -> None:
+    """Print the bound of every module beside what is claimed, and every direct check."""
+    console = console or Console()
+    table = Table(title="Least epsilon that the audit proves", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("module", "site"):
+        table.add_column(name)
+    for name in ("claimed", "at least", "could have shown", "right guesses"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found.modules:
+        colour = "green" if each.ok else "bold red"
+        table.add_row(
+            each.module,
+            escape(each.site),
+            _number(each.claimed_epsilon),
+            f"[{colour}]{_number(each.epsilon_bound)}[/]",
+            _number(each.reachable),
+            f"{each.correct} of {each.guesses}",
+        )
+    console.print(table)
+    for check in found.checks:
+        verdict = "[green]ok[/]" if check.ok else "[bold red]failed[/]"
+        console.print(f"{verdict} {escape(check.title)}: {escape(check.finding)}", soft_wrap=True)
+    console.print("[green]Nothing that is claimed was refuted.[/]" if found.ok else "[bold red]A claim was refuted.[/]")
+
+
+def _cells(figure: Figure) -> tuple[str, str, str, str]:
+    ends = "" if figure.interval is None else f"{_number(figure.interval[0])} to {_number(figure.interval[1])}"
+    return _number(figure.synthetic), ends, _number(figure.real), _number(figure.floor)
+
+
+def _rate(rate: Rate) -> str:
+    return f"{_number(rate.value)} ({_number(rate.low)} to {_number(rate.high)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
