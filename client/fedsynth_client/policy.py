@@ -32,6 +32,7 @@ class SitePolicy(Section):
         declared_patients: the cohort size that the hospital makes public (rounded); plans must use this figure.
         modules: modules that may use the cohort, and whose noisy results may leave.
         allow_reproducible_noise: whether a seeded run, which is not private, may touch this cohort.
+        countersign_releases: whether staff may sign, with this site's key, that a release may be made.
     """
 
     schema_version: Literal[1] = 1
@@ -43,6 +44,7 @@ class SitePolicy(Section):
     declared_patients: Annotated[int, Field(ge=1)] | None = None
     modules: list[Module] = Field(default=[])
     allow_reproducible_noise: bool = False
+    countersign_releases: bool = False
 
 
 def load_policy(path: Path) -> SitePolicy:
