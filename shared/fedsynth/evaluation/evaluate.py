@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedsynth.errors import UsageError
 from fedsynth.evaluation.columns import NOT_ASKED, Columns
+from fedsynth.evaluation.detection import detection
 from fedsynth.evaluation.fidelity import fidelity
 from fedsynth.evaluation.genes import genes
 from fedsynth.evaluation.patients import Patients
@@ -71,7 +72,7 @@ def evaluate(
             f"The extractor takes {extractor.channels} channels, the plan has {channels} sequences.",
         )
     # A stream a section: what one section draws does not shift the numbers of the next.
-    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(5)]
+    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(6)]
     if extractor is None:
         extractor = phantom_extractor(channels, draws[0])
 
@@ -89,6 +90,8 @@ def evaluate(
     sections = []
     say("Evaluating fidelity")
     sections.append(fidelity(volumes, holdout_volumes, extractor, draws[1]))
+    say("Evaluating recognisability")
+    sections.append(detection(volumes, holdout_volumes, draws[5]))
     say("Evaluating utility")
     sections.append(utility(plan, volumes, holdout_volumes, extractor, draws[2]))
     say("Evaluating radiogenomics")

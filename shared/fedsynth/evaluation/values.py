@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SectionId = Literal["fidelity", "utility", "radiogenomics", "genes"]
+SectionId = Literal["fidelity", "detection", "utility", "radiogenomics", "genes"]
 
 # Stands in `data` of what was computed, without privacy, on patients who are neither simulated nor public: what carries it
 # stays where it was computed, and no release takes it.
