@@ -155,7 +155,13 @@ def test_a_perfect_generator_reaches_the_ceiling_and_beats_every_floor(
         plan, train, holdout, synthetic, synthetic[:30], extractor, least_squares(train), "phantoms", 5
     )
     assert Evaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
-    assert [section.id for section in evaluation.sections] == ["fidelity", "utility", "radiogenomics", "genes"]
+    assert [section.id for section in evaluation.sections] == [
+        "fidelity",
+        "detection",
+        "utility",
+        "radiogenomics",
+        "genes",
+    ]
     assert (evaluation.n_train, evaluation.n_holdout, evaluation.n_synthetic) == (60, 24, 60)
 
     figures = flat(evaluation)
