@@ -48,6 +48,7 @@ class MembershipAttack(_Value):
         area: under the ROC curve; 0.5 is chance.
         points: at false positive rates of 0.1 % and 1 %.
         epsilon_bound: what the attack alone proves at least of epsilon (95 % confidence); 0 when nothing.
+        largest_bound: what a perfect attack would prove with as many patients: `epsilon_bound` cannot be above it.
     """
 
     id: str
@@ -61,6 +62,7 @@ class MembershipAttack(_Value):
     area: Rate
     points: list[OperatingPoint]
     epsilon_bound: float
+    largest_bound: float | None = None
     note: str = ""
 
 

@@ -1,0 +1,231 @@
+"""Whether synthetic patients repeat real ones: the nearest similarity against what different real patients reach.
+
+A copy need not be exact. Images are compared up to mirroring left to right and shifts by a pixel, after the average
+patient was subtracted, since all heads resemble each other; genes by correlation of what differs from the average
+profile. A similarity counts as a copy from a threshold that pairs of *different* real patients (held-out against
+training) practically never reach: a Gumbel distribution is fitted to how similar the most similar training patient of a
+held-out one is, and the threshold is what it exceeds once in a hundred releases of this size (extreme value theory;
+Coles, 2001), or the largest of them, if that is larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsynth.attacks.rates import MIN_PATIENTS
+from fedsynth.attacks.values import CopyCheck
+from fedsynth.metrics.measurable import require_rows
+
+_FALSE_ALARM = 0.01  # probability that a release without any copy is said to hold one
+_CANDIDATES = 4  # real patients to whom a synthetic one is compared under all shifts
+_COARSE, _FINE = 16, 32  # pixels of a slice's side when searching, and when comparing
+_AT_ONCE = 32  # patients
+_TINY = 1e-9
+# Largest correlation in Fisher's transform: an exact copy is 1, whose transform would be infinite.
+_LARGEST = 1 - 1e-9
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Patients' volumes in few pixels: (N, C + 1, S, P, P) float16, image channels in [0, 1] and the mask.
+
+    Attributes:
+        coarse: P = `_COARSE` at most.
+        fine: P = `_FINE` at most.
+    """
+
+    coarse: NDArray[np.float16]
+    fine: NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.coarse)
+
+
+def stack(volumes: Sequence[tuple[NDArray[np.floating], NDArray[np.integer]]]) -> Stack:
+    """Of images (C, S, H, W) in [0, 1] and masks (S, H, W), one pair a patient."""
+    parts: dict[int, list[NDArray[np.float16]]] = {_COARSE: [], _FINE: []}
+    for images, mask in volumes:
+        both = np.concatenate([images.astype(np.float32), (mask > 0)[None].astype(np.float32)])
+        for size, kept in parts.items():
+            kept.append(_pooled(both, size).astype(np.float16))
+    return Stack(*(np.stack(kept) for kept in parts.values()))
+
+
+def image_copies(
+    training: Stack, held_out: Stack, synthetic: Iterable[Stack], participants: Sequence[str]
+) -> CopyCheck:
+    """Copies among the images and masks of synthetic patients, who come in any number of stacks, read once.
+
+    Raises:
+        NotMeasurable: too few patients with images.
+    """
+    _require(training.coarse, held_out.coarse, np.asarray(participants))
+    common = _Common.of(training, held_out)
+    found = [
+        (_most_similar_volumes(each, training, common), _most_similar_volumes(each, held_out, common))
+        for each in synthetic
+    ]
+    to_training, to_held_out = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _check(
+        "images",
+        "Correlation of all sequences and the mask after the average real patient is subtracted, mirrored and shifted by "
+        "up to a pixel",
+        _most_similar_volumes(held_out, training, common),
+        to_training,
+        to_held_out,
+        participants,
+    )
+
+
+def gene_copies(training: Floats, held_out: Floats, synthetic: Floats, participants: Sequence[str]) -> CopyCheck:
+    """Copies among synthetic profiles; all (N, G).
+
+    Raises:
+        NotMeasurable: too few profiles.
+    """
+    _require(training, held_out, synthetic)
+    real = np.concatenate([training, held_out])
+    middle, spread = real.mean(axis=0), np.maximum(real.std(axis=0), 1e-3)
+
+    def unit(profiles: Floats) -> Floats:
+        return _unit(((profiles - middle) / spread).astype(np.float32))
+
+    inside, outside, made = unit(training), unit(held_out), unit(synthetic)
+    return _check(
+        "genes",
+        "Correlation of the expression profiles after the average real profile is subtracted",
+        _largest_products(outside, inside),
+        _largest_products(made, inside),
+        _largest_products(made, outside),
+        participants,
+    )
+
+
+def copy_threshold(different: NDArray[np.floating], compared: int) -> float:
+    """The correlation that `compared` patients who copied nobody reach once in a hundred releases.
+
+    Args:
+        different: (N,) correlation of each of N patients with the most similar of the others, none being a copy.
+        compared: patients of a release.
+
+    Raises:
+        NotMeasurable: too few pairs.
+    """
+    require_rows("pairs of different patients", different, MIN_PATIENTS)
+    maxima = np.arctanh(np.clip(different, -_LARGEST, _LARGEST))
+    # Gumbel by moments: the sd is pi / sqrt(6) scale, the mean location + 0.5772 scale.
+    scale = float(maxima.std(ddof=1)) * np.sqrt(6) / np.pi
+    location = float(maxima.mean()) - np.euler_gamma * scale
+    rare = location - scale * np.log(-np.log1p(-_FALSE_ALARM / compared))
+    return float(np.tanh(max(rare, maxima.max())))
+
+
+def _check(
+    of: Literal["images", "genes"],
+    how: str,
+    different: NDArray[np.float64],
+    to_training: NDArray[np.float64],
+    to_held_out: NDArray[np.float64],
+    participants: Sequence[str],
+) -> CopyCheck:
+    threshold = copy_threshold(different, len(to_training))
+    copied = np.flatnonzero(to_training >= threshold)
+    return CopyCheck(
+        of=of,
+        how=f"{how}. The threshold is what a release of {len(to_training)} patients who copied nobody exceeds once in a "
+        f"hundred times, by {len(different)} held-out patients against training patients "
+        f"(median {np.median(different):.2f}, largest {different.max():.2f}).",
+        threshold=threshold,
+        compared=len(to_training),
+        found=len(copied),
+        found_holdout=int((to_held_out >= threshold).sum()),
+        participants=[participants[int(row)] for row in copied],
+        most_similar=(float(to_training.max()), float(to_held_out.max())),
+    )
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What all real patients share: their mean volume, and the spread of each channel, at both sizes."""
+
+    means: tuple[Floats, Floats]
+    weights: tuple[Floats, Floats]
+
+    @classmethod
+    def of(cls, training: Stack, held_out: Stack) -> _Common:
+        means, weights = [], []
+        for inside, outside in ((training.coarse, held_out.coarse), (training.fine, held_out.fine)):
+            total = inside.sum(axis=0, dtype=np.float32) + outside.sum(axis=0, dtype=np.float32)
+            mean = total / (len(inside) + len(outside))
+            # Every channel and the mask count alike, by how much patients differ in them.
+            squares = [
+                np.square(part[start : start + _AT_ONCE] - mean).mean(axis=(2, 3, 4)).sum(axis=0)
+                for part in (inside, outside)
+                for start in range(0, len(part), _AT_ONCE)
+            ]
+            spread = np.sqrt(np.sum(squares, axis=0) / (len(inside) + len(outside)))
+            means.append(mean)
+            weights.append((1 / np.maximum(spread, 1e-3))[:, None, None, None].astype(np.float32))
+        return cls((means[0], means[1]), (weights[0], weights[1]))
+
+    def unit(self, volumes: NDArray[np.floating], fine: bool) -> Floats:
+        """(N, D) unit vectors of how volumes differ from the mean."""
+        different = (volumes.astype(np.float32) - self.means[fine]) * self.weights[fine]
+        return _unit(different.reshape(len(volumes), -1))
+
+
+def _most_similar_volumes(made: Stack, real: Stack, common: _Common) -> NDArray[np.float64]:
+    """(N,) largest correlation of each of `made` with any of `real`, searched coarsely and compared finely."""
+    against = np.concatenate([common.unit(real.coarse[i : i + _AT_ONCE], False) for i in range(0, len(real), _AT_ONCE)])
+    found = np.zeros(len(made))
+    for start in range(0, len(made), _AT_ONCE):
+        rows = np.arange(start, min(start + _AT_ONCE, len(made)))
+        plain = common.unit(made.coarse[rows], False) @ against.T
+        mirrored = common.unit(made.coarse[rows][..., ::-1], False) @ against.T
+        coarse = np.maximum(plain, mirrored)
+        count = min(_CANDIDATES, len(real))
+        likely = np.argpartition(-coarse, count - 1, axis=1)[:, :count]
+        for row, candidates in zip(rows, likely, strict=True):
+            compared = common.unit(_moved(made.fine[row]), True) @ common.unit(real.fine[candidates], True).T
+            found[row] = compared.max()
+    return found
+
+
+def _moved(volume: NDArray[np.floating]) -> NDArray[np.floating]:
+    """(18, C, S, P, P) the volume, also mirrored, shifted by -1, 0 or 1 pixels along both axes of a slice."""
+    return np.stack(
+        [
+            np.roll(each, (down, across), axis=(-2, -1))
+            for each in (volume, volume[..., ::-1])
+            for down in (-1, 0, 1)
+            for across in (-1, 0, 1)
+        ]
+    )
+
+
+def _pooled(volume: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    *rest, height, width = volume.shape
+    factor = max(1, height // size)
+    blocks = volume.reshape(*rest, height // factor, factor, width // factor, factor)
+    return np.asarray(blocks.mean(axis=(-3, -1), dtype=np.float32))
+
+
+def _largest_products(made: Floats, real: Floats) -> NDArray[np.float64]:
+    parts = [(made[i : i + 256] @ real.T).max(axis=1) for i in range(0, len(made), 256)]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _unit(rows: Floats) -> Floats:
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY), dtype=np.float32)
+
+
+def _require(*sets: NDArray[np.generic]) -> None:
+    for name, values in zip(("training patients", "held-out patients", "synthetic patients"), sets, strict=True):
+        require_rows(name, values, MIN_PATIENTS if name != "synthetic patients" else 1)

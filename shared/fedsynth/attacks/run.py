@@ -1,0 +1,282 @@
+"""`attack_release`: all attacks on a release, and on the messages of its training where they are at hand.
+
+Only whoever holds the real patients can run this. Attacks are scored on training patients without any noise: at a
+hospital, what they find stays inside and is for the people who decide on the release.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsynth.attacks import attributes, release
+from fedsynth.attacks.coordinator import coordinator_attacks
+from fedsynth.attacks.copies import Stack, gene_copies, image_copies, stack
+from fedsynth.attacks.descriptions import (
+    SPACES,
+    Described,
+    Scale,
+    Space,
+    describe_real,
+    describe_synthetic,
+    points,
+    scale_of,
+)
+from fedsynth.attacks.distances import sanity_distances
+from fedsynth.attacks.scored import Attempt, Scored, done, measured, parted
+from fedsynth.attacks.transcript import Transcript
+from fedsynth.attacks.values import Attacks, AttributeAttack, CopyCheck, Distances
+from fedsynth.errors import UsageError
+from fedsynth.evaluation.evaluate import phantom_extractor
+from fedsynth.evaluation.patients import Patients
+from fedsynth.metrics.domain_extractor import DomainExtractor
+from fedsynth.plan import StudyPlan
+from fedsynth.progress import say
+from fedsynth.synthetic import SyntheticPatient, subject_digest
+
+_NAMES: dict[Space, str] = {"images": "images", "genes": "genes", "both": "images and genes"}
+_AT_ONCE = 32  # synthetic patients
+_SAMPLE = (
+    "the release and a sample of the population (held-out patients of the sites who are not among the non-members)"
+)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Everybody, described.
+
+    Attributes:
+        judged, reference: rows of two halves of the held-out patients: non-members, and the sample of the population that
+            some attackers have. Attacks without a sample have all held-out patients for non-members.
+        scale: of distances.
+    """
+
+    train: Described
+    holdout: Described
+    synthetic: Described
+    public_only: Described | None
+    judged: NDArray[np.int64]
+    reference: NDArray[np.int64]
+    scale: Scale
+
+    @property
+    def usual(self) -> Described:
+        """The patients whose mean stands in for what was not measured."""
+        return self.holdout.take(self.reference) if self.public_only is None else self.public_only
+
+    def points(self, described: Described, space: Space) -> NDArray[np.float32]:
+        """Those of the patients who have what `space` compares, as points."""
+        return points(described.take(described.has(space)), space, self.scale, self.usual)
+
+
+def attack_release(
+    plan: StudyPlan,
+    train: Patients,
+    holdout: Patients,
+    synthetic: Sequence[SyntheticPatient],
+    extractor: DomainExtractor | None,
+    data: str,
+    seed: int,
+    public_only: Sequence[SyntheticPatient] | None = None,
+    transcript: Transcript | None = None,
+) -> Attacks:
+    """Attack the patients of a release.
+
+    Args:
+        plan: the study plan.
+        train: real patients of all sites that were trained on: the members.
+        holdout: held-out patients of the same sites: the non-members. A random half of them serves as the reference
+            sample of attackers who have one.
+        synthetic: the release.
+        extractor: the named feature network, trained on public data; None trains one on phantoms.
+        data: what the real patients are, for the reader.
+        seed: of every random draw.
+        public_only: patients of a generator that saw no private data: the reference of the calibrated attack.
+        transcript: the messages of training; without it nothing is attacked from the coordinator's view.
+
+    Raises:
+        UsageError: ``sites_differ``: training and held-out patients are not of the same sites;
+            ``extractor_channels``; ``synthetic_label_unknown``; ``transcript_unreadable``.
+    """
+    started = time.monotonic()
+    if train.site_names != holdout.site_names:
+        raise UsageError("sites_differ", "Training and held-out patients are not of the same sites.")
+    if extractor is not None and extractor.channels != len(plan.image.sequences):
+        raise UsageError("extractor_channels", f"The extractor takes {extractor.channels} channels, not the plan's.")
+    draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(6)]
+    if extractor is None:
+        extractor = phantom_extractor(len(plan.image.sequences), draws[0])
+    judged, reference = _halves(holdout, draws[1])
+    say("Describing patients for the attacks")
+    described = [describe_real(train, extractor), describe_real(holdout, extractor)]
+    made = describe_synthetic(plan, synthetic, extractor)
+    public = describe_synthetic(plan, public_only, extractor) if public_only else None
+    scale = scale_of(described[1].take(reference) if public is None else public)
+    sides = _Sides(described[0], described[1], made, public, judged, reference, scale)
+
+    not_done: list[str] = []
+    say("Attacking the release")
+    scored = done(_release_attacks(sides), not_done)
+    if transcript is None:
+        not_done.append("The coordinator's view: the messages of training are not at hand.")
+    else:
+        say("Attacking the messages of training")
+        attempts = coordinator_attacks(
+            plan, transcript, train, holdout, (sides.train, sides.holdout), reference, extractor, draws[2]
+        )
+        scored += done(attempts, not_done)
+    rates = [
+        (
+            f"{each.title} ({each.site})" if each.site else each.title,
+            lambda each=each: [measured(each, plan.privacy.delta, draws[3])],
+        )
+        for each in scored
+    ]
+    membership = done(rates, not_done)
+    say("Guessing attributes and looking for copies")
+    return Attacks(
+        plan_digest=plan.digest,
+        subject=subject_digest(synthetic),
+        data=data,
+        n_synthetic=len(synthetic),
+        membership=membership,
+        attributes=done(_attribute_attacks(plan, sides, draws[4]), not_done),
+        copies=done(_copy_checks(train, holdout, synthetic, sides), not_done),
+        distances=done(_sanity(sides, draws[5]), not_done),
+        not_done=not_done,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _halves(holdout: Patients, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row numbers of two random halves, of every site."""
+    order = rng.permutation(len(holdout))
+    place = np.zeros(len(holdout), dtype=np.int64)
+    for code in range(len(holdout.site_names)):
+        of_site = order[holdout.sites[order] == code]
+        place[of_site] = np.arange(len(of_site))
+    return np.flatnonzero(place % 2 == 0), np.flatnonzero(place % 2 == 1)
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A way of scoring patients by a release: of whom the non-members are, and what sample of others it is given."""
+
+    id: str
+    title: str
+    knows: str
+    source: str
+    judged: Described
+    reference: Described
+    score: Callable[[release.Points, release.Points, release.Points], NDArray[np.float64]]
+
+
+def _release_attacks(sides: _Sides) -> Iterator[Attempt[Scored]]:
+    everybody, judged, public = sides.holdout, sides.holdout.take(sides.judged), sides.public_only
+    sample = sides.holdout.take(sides.reference)
+    methods = (
+        _Method(
+            "nearest-neighbour",
+            "Nearest synthetic neighbour",
+            "the release",
+            "Chen et al. 2020 (GAN-Leaks, full black-box)",
+            everybody,
+            sample,
+            lambda at, made, _: release.nearest_neighbour(at, made),
+        ),
+        _Method(
+            "monte-carlo",
+            "Synthetic patients around",
+            "the release",
+            "Hilprecht et al. 2019 (Monte Carlo)",
+            everybody,
+            sample,
+            lambda at, made, _: release.monte_carlo(at, made),
+        ),
+        _Method(
+            "calibrated",
+            "Nearest synthetic neighbour against nearest reference",
+            _SAMPLE if public is None else "the release, and what the public generator draws",
+            "Chen et al. 2020 (GAN-Leaks, calibrated)",
+            judged if public is None else everybody,
+            sample if public is None else public,
+            release.calibrated,
+        ),
+        _Method(
+            "density-ratio",
+            "Density of synthetic over that of reference patients",
+            _SAMPLE,
+            "van Breugel et al. 2023 (DOMIAS)",
+            judged,
+            sample,
+            release.density_ratio,
+        ),
+    )
+    for method in methods:
+        for space in SPACES:
+            yield f"{method.title}, {_NAMES[space]}", partial(_scored, sides, method, space)
+
+
+def _scored(sides: _Sides, method: _Method, space: Space) -> list[Scored]:
+    inside, outside = sides.points(sides.train, space), sides.points(method.judged, space)
+    made, others = sides.points(sides.synthetic, space), sides.points(method.reference, space)
+    members, non_members = parted(method.score(np.concatenate([inside, outside]), made, others), len(inside))
+    return [
+        Scored(
+            f"{method.id}-{space}",
+            f"{method.title}, {_NAMES[space]}",
+            "release",
+            method.knows,
+            method.source,
+            members,
+            non_members,
+        )
+    ]
+
+
+def _attribute_attacks(plan: StudyPlan, sides: _Sides, rng: np.random.Generator) -> Iterator[Attempt[AttributeAttack]]:
+    # The reference sample is taken from the held-out patients, so those who are judged are the other half.
+    groups = sides.train, sides.holdout.take(sides.judged), sides.synthetic, sides.holdout.take(sides.reference)
+    classes = len(plan.label.classes)
+    yield "Genes guessed from images", lambda: [attributes.genes_from_images(*groups, rng)]
+    yield "Morphology guessed from genes", lambda: [attributes.morphology_from_genes(*groups, rng)]
+    yield "Label guessed from genes", lambda: [attributes.label_from_genes(*groups, classes, rng)]
+
+
+def _copy_checks(
+    train: Patients, holdout: Patients, synthetic: Sequence[SyntheticPatient], sides: _Sides
+) -> Iterator[Attempt[CopyCheck]]:
+    names = [patient.participant_id for patient in synthetic]
+
+    def stacks() -> Iterator[Stack]:
+        for start in range(0, len(synthetic), _AT_ONCE):
+            yield stack([(patient.images, patient.mask) for patient in synthetic[start : start + _AT_ONCE]])
+
+    def of_images() -> list[CopyCheck]:
+        return [image_copies(_stack_of(train), _stack_of(holdout), stacks(), names)]
+
+    def of_genes() -> list[CopyCheck]:
+        training, held_out, made = (d.genes[d.has("genes")] for d in (sides.train, sides.holdout, sides.synthetic))
+        return [gene_copies(training, held_out, made, names)]
+
+    yield "Copies among images", of_images
+    yield "Copies among genes", of_genes
+
+
+def _stack_of(patients: Patients) -> Stack:
+    return stack([(patients.images[row], patients.masks[row]) for row in np.flatnonzero(patients.has_images)])
+
+
+def _sanity(sides: _Sides, rng: np.random.Generator) -> Iterator[Attempt[Distances]]:
+    def of(space: Literal["images", "genes"]) -> list[Distances]:
+        training, held_out, made = (sides.points(d, space) for d in (sides.train, sides.holdout, sides.synthetic))
+        return [sanity_distances(space, training, held_out, made, rng)]
+
+    yield "Nearest-neighbour distances of images", lambda: of("images")
+    yield "Nearest-neighbour distances of genes", lambda: of("genes")

@@ -1,0 +1,149 @@
+"""Membership inference from the weights that a site sent back of autoencoder and radiogenomic DNN, round by round.
+
+White-box attacks of the server on its federation (Nasr et al., 2019). In each round the server knows the weights that it
+sent and those that came back. A patient who was trained on pulled the weights down its own gradient; the inner product of
+the update with that direction, summed over rounds, tells (Li et al., 2022, who call it the cosine attack).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsynth.attacks.transcript import Transcript
+from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
+from fedsynth.plan import Module, StudyPlan
+from fedsynth.records import WEIGHTS, State
+
+_DRAWS = 4  # of the autoencoder's latent noise, the same for all patients
+_TINY = 1e-12
+
+# Model and row number of a patient -> the patient's loss.
+Loss = Callable[[nn.Module, int], Tensor]
+Scores = NDArray[np.float64]
+
+
+def network(plan: StudyPlan, module: Module) -> nn.Module:
+    """The network that `module` trains.
+
+    Raises:
+        ValueError: it is neither autoencoder nor radiogenomic DNN.
+    """
+    if module == "autoencoder":
+        return make_autoencoder(plan).eval()
+    if module == "radiogenomics":
+        return make_radiogenomic_dnn(plan).eval()
+    raise ValueError(f"no patient has a loss of {module} that a coordinator could compute")
+
+
+def patient_loss(
+    plan: StudyPlan, module: Module, genes: Tensor, morphology: Tensor, labels: Tensor, generator: torch.Generator
+) -> Loss:
+    """The training loss of one patient, without dropout and averaged over a few draws of the latent noise.
+
+    Args:
+        plan: the study plan.
+        module: autoencoder or radiogenomic DNN.
+        genes: (N, G).
+        morphology: (N, F) in [0, 1], NaN where not measured.
+        labels: (N,) class codes, -1 where unknown.
+        generator: of the latent noise, the same for all patients and rounds.
+    """
+    noise = torch.randn(_DRAWS, plan.autoencoder.latent_dim, generator=generator)
+
+    def of_autoencoder(model: nn.Module, row: int) -> Tensor:
+        profiles = genes[row].expand(_DRAWS, -1)
+        return autoencoder_losses(model, profiles, noise, plan.autoencoder.kl_weight).mean()
+
+    def of_dnn(model: nn.Module, row: int) -> Tensor:
+        some = slice(row, row + 1)
+        return radiogenomic_losses(model, genes[some], morphology[some], labels[some])[0]
+
+    return of_autoencoder if module == "autoencoder" else of_dnn
+
+
+def update_alignment(
+    model: nn.Module,
+    loss: Loss,
+    rows: dict[str, list[int]],
+    reference: list[int],
+    transcript: Transcript,
+    module: Module,
+    clip: float,
+) -> dict[str, Scores]:
+    """Alignment of each site's updates with the patients' own gradients, summed over all rounds.
+
+    Gradients are taken at the weights that were sent, and clipped as in training. What is common to all patients says
+    nothing of one of them, so the directions of the reference patients' gradients are first taken out of the update.
+
+    Args:
+        model: the network, whose weights are overwritten.
+        loss: of a patient.
+        rows: by site, the patients to be scored.
+        reference: patients of no interest, who are neither members nor non-members.
+        transcript: what was sent and came back.
+        module: of which network.
+        clip: norm to which training clipped a patient's gradient.
+
+    Returns:
+        Scores by site, in the order of its `rows`.
+    """
+    scores = {site: np.zeros(len(numbers)) for site, numbers in rows.items()}
+    rounds = sorted({number for site in rows for number in transcript.rounds(module, site)})
+    for number in rounds:
+        sent = transcript.sent(module, number)[WEIGHTS[module]]
+        model.load_state_dict(sent)
+        common = _span([_gradient(model, loss, row) for row in reference])
+        for site, numbers in rows.items():
+            if number not in transcript.rounds(module, site):
+                continue
+            update = _update(model, sent, transcript.reply(module, number, site))
+            own = update if common is None else update - common @ (common.T @ update)
+            direction = own / own.norm().clamp(min=_TINY)
+            for place, row in enumerate(numbers):
+                gradient = _gradient(model, loss, row)
+                scores[site][place] -= float(direction @ gradient) / max(float(gradient.norm()), clip)
+    return scores
+
+
+def loss_drop(
+    model: nn.Module, loss: Loss, rows: dict[str, list[int]], transcript: Transcript, module: Module
+) -> dict[str, Scores]:
+    """By how much the site's last reply lowered each patient's loss against what the study started from.
+
+    Yeom et al. (2018) score by the loss; its value before training takes out how hard a patient is to begin with (Watson et
+    al., 2022). Arguments and result as of `update_alignment`.
+    """
+    found: dict[str, Scores] = {}
+    for site, numbers in rows.items():
+        rounds = transcript.rounds(module, site)
+        values = []
+        for state in (
+            transcript.sent(module, rounds[0])[WEIGHTS[module]],
+            transcript.reply(module, rounds[-1], site),
+        ):
+            model.load_state_dict(state)
+            with torch.no_grad():
+                values.append(np.array([float(loss(model, row)) for row in numbers]))
+        found[site] = values[0] - values[1]
+    return found
+
+
+def _gradient(model: nn.Module, loss: Loss, row: int) -> Tensor:
+    """(P,) the gradient of one patient's loss by all parameters."""
+    gradients = torch.autograd.grad(loss(model, row), list(model.parameters()))
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def _update(model: nn.Module, sent: State, received: State) -> Tensor:
+    return torch.cat([(received[name] - sent[name]).reshape(-1) for name, _ in model.named_parameters()])
+
+
+def _span(gradients: list[Tensor]) -> Tensor | None:
+    """(P, R) an orthonormal basis of what the gradients span; None without any."""
+    return torch.linalg.qr(torch.stack(gradients, dim=1)).Q if gradients else None
