@@ -1,0 +1,138 @@
+"""What a release's gate asks of attacks: a small file (TOML) that lies in the release, so that sites judge by the same.
+
+Every limit is on the end of a 95 % interval, not on the estimate: what fails is surely too much, not unluckily so. A
+release is attacked some twenty times (several attacks, by site and together), so about every second private release has an
+attack whose interval lies above chance by luck alone; the margins are what such luck does not reach.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from fedsynth.attacks.values import View
+from fedsynth.plan import Section
+from fedsynth.toml import load_toml
+
+FILE = "limits.toml"
+VIEWS: tuple[View, ...] = ("release", "coordinator")
+
+
+class MembershipLimits(Section):
+    """Guessing who was trained on.
+
+    Attributes:
+        views: which attackers must have been tried; what is left out is said first in the report.
+        area: the low end of an attack's area under the ROC curve may not be above this. 0.55: with 100 members and 100
+            others luck puts it there once in 1,000 attacks (Hanley and McNeil, 1982), with 30 and 30 once in 140.
+        true_positive_rate: neither may the low end of its true positive rate at 1 % false positives. 0.05: of those whom
+            it accuses five times as many are members as by chance. Where few non-members leave the false positive rate
+            itself uncertain up to a higher value, that value is the limit.
+        least_patients: at least one attack of each view must have been tried on so many members and so many others; with
+            fewer no attack could fail, and none would mean anything.
+    """
+
+    views: list[View] = Field(default=list(VIEWS))
+    area: Annotated[float, Field(ge=0.5, lt=1)] = 0.55
+    true_positive_rate: Annotated[float, Field(ge=0.01, lt=1)] = 0.05
+    least_patients: Annotated[int, Field(ge=2)] = 20
+
+
+class AttributeLimits(Section):
+    """Guessing one part of a patient from another.
+
+    Attributes:
+        asked: whether it must have been tried.
+        gap: the low end of how much better members are guessed than others may not be above this, in units of the
+            attack's metric (R², AUC: 1 is everything). 0.05, as for the area.
+    """
+
+    asked: bool = True
+    gap: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class CopyLimits(Section):
+    """Synthetic patients that repeat real ones.
+
+    Attributes:
+        asked: whether they must have been looked for.
+        beyond_chance: so many synthetic patients more may be as similar to patients who were trained on as to held-out
+            ones. 0: one copy of a person is one too many.
+    """
+
+    asked: bool = True
+    beyond_chance: Annotated[int, Field(ge=0)] = 0
+
+
+class Limits(Section):
+    """All limits; the defaults ask for everything.
+
+    Attributes:
+        reason: why something is not asked for, in words for the reader of the report.
+    """
+
+    schema_version: Literal[1] = 1
+    reason: str = ""
+    membership: MembershipLimits = MembershipLimits()
+    attributes: AttributeLimits = AttributeLimits()
+    copies: CopyLimits = CopyLimits()
+
+    @property
+    def asks_for_attacks(self) -> bool:
+        """Whether anything has to be tried on real patients."""
+        return bool(self.membership.views) or self.attributes.asked or self.copies.asked
+
+    @model_validator(mode="after")
+    def _what_is_left_out_has_a_reason(self) -> Self:
+        whole = set(self.membership.views) == set(VIEWS) and self.attributes.asked and self.copies.asked
+        if not whole and len(self.reason) < 10:
+            raise ValueError("reason: say in a sentence why not every attack is asked for; the report quotes it")
+        if len(set(self.membership.views)) != len(self.membership.views):
+            raise ValueError("membership.views names one twice")
+        return self
+
+
+def load_limits(path: Path) -> Limits:
+    """Read limits.
+
+    Raises:
+        UsageError: ``limits_missing``, ``limits_not_toml`` or ``limits_invalid``.
+    """
+    return load_toml(path, Limits, "limits")
+
+
+def limits_toml(limits: Limits) -> str:
+    """`limits` as TOML; `load_limits` gives back equal ones."""
+    return tomli_w.dumps(limits.model_dump(mode="json"))
+
+
+TEMPLATE = """\
+# What attacks on a release may reach at most. Each limit is on the low end of a 95 % interval: what is above it is surely
+# above it. `fedsynth release make --limits FILE` puts this file into the release, where sites judge by it, too.
+schema_version = 1
+
+# Needed as soon as something below is not asked for: why, in words for the reader of the report.
+reason = ""
+
+[membership]  # who was trained on?
+# What the attacker sees: the release, or all messages of the training, as the coordinator does. [] asks for neither.
+views = ["release", "coordinator"]
+# Area under the ROC curve; 0.5 is chance. With 100 members and 100 others luck exceeds 0.55 once in 1,000 attacks.
+area = 0.55
+# True positives at 1 % false positives; 0.01 is chance.
+true_positive_rate = 0.05
+# An attack on fewer members or fewer others proves nothing.
+least_patients = 20
+
+[attributes]  # a part of a patient from another part: are those who were trained on guessed better?
+asked = true
+gap = 0.05
+
+[copies]  # does a synthetic patient repeat a real one?
+asked = true
+# More synthetic patients like those who were trained on than like those who were not.
+beyond_chance = 0
+"""
