@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from markupsafe import Markup, escape
 
@@ -35,6 +36,15 @@ class Series:
         return f"series-{self.index % SERIES_COLOURS}" + (" dashed" if self.index >= SERIES_COLOURS else "")
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A value beside that of a `span_chart`: its class in the style sheet, and what it is."""
+
+    value: float
+    css: Literal["chance", "claim", "real", "reach"]
+    title: str
+
+
 def line_chart(series: Sequence[Series], quantity: str, identifier: str) -> Markup:
     """A quantity by round, one line a series.
 
@@ -46,9 +56,28 @@ def line_chart(series: Sequence[Series], quantity: str, identifier: str) -> Mark
     Raises:
         ValueError: no series has a finite value.
     """
+    return _chart(series, f"{quantity} by round", "round", "", identifier, rounds=True)
+
+
+def xy_chart(series: Sequence[Series], title: str, x: str, y: str, identifier: str) -> Markup:
+    """Lines over a quantity that is not counted in rounds, e.g. an ROC curve.
+
+    Args:
+        series: at least one, with at least one finite value among them.
+        title: what is drawn.
+        x, y: the axes, with units.
+        identifier: unique in the page; letters, digits and hyphens.
+
+    Raises:
+        ValueError: no series has a finite value.
+    """
+    return _chart(series, title, x, y, identifier, rounds=False)
+
+
+def _chart(series: Sequence[Series], title: str, x_name: str, y_name: str, identifier: str, rounds: bool) -> Markup:
     finite = [(x, y) for one in series for x, y in one.points if math.isfinite(y)]
     if not finite:
-        raise ValueError(f"there is no finite value of {quantity!r} to draw")
+        raise ValueError(f"there is no finite value of {title!r} to draw")
     x_low, x_high = min(x for x, _ in finite), max(x for x, _ in finite)
     y_low, y_high = min(y for _, y in finite), max(y for _, y in finite)
     if 0 < y_low < 0.4 * y_high:
@@ -58,6 +87,7 @@ def line_chart(series: Sequence[Series], quantity: str, identifier: str) -> Mark
         y_low, y_high = y_low - margin, y_high + margin
     y_ticks = ticks(y_low, y_high, 4)
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
+    top = _TOP + (14.0 if y_name else 0.0)
 
     def across(x: float) -> float:
         return (
@@ -65,31 +95,85 @@ def line_chart(series: Sequence[Series], quantity: str, identifier: str) -> Mark
         )
 
     def down(y: float) -> float:
-        return _TOP + (y_high - y) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return top + (y_high - y) / (y_high - y_low) * (_HEIGHT - top - _BOTTOM)
 
-    parts = [_head(identifier, f"{quantity} by round", _description(series))]
+    at = x_name if rounds else "at"
+    parts = [_head(identifier, title, _description(series, "in round" if rounds else "at"))]
+    if y_name:
+        parts.append(_text("start", 4, 11, y_name))
     for tick in y_ticks:
         y = down(tick)
         parts.append(_line("grid", _LEFT, y, _WIDTH - _RIGHT, y))
         parts.append(_text("end", _LEFT - 6, y + 3.5, number(tick)))
-    for tick in (tick for tick in ticks(x_low, x_high, 5) if tick == round(tick) and x_low <= tick <= x_high):
-        parts.append(_text("middle", across(tick), _HEIGHT - _BOTTOM + 14, number(tick, 7)))
-    parts.append(_text("middle", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 3, "round"))
+    for tick in (tick for tick in ticks(x_low, x_high, 5) if x_low <= tick <= x_high):
+        if not rounds or tick == round(tick):
+            parts.append(_text("middle", across(tick), _HEIGHT - _BOTTOM + 14, number(tick, 7 if rounds else 3)))
+    parts.append(_text("middle", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 3, x_name))
     for one in series:
         for run in _runs(one.points):
             path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in run)
             if len(run) > 1:
                 parts.append(Markup('<polyline class="line {}" points="{}"/>').format(one.css, path))
-            marked = run if len(one.points) <= _FEW_POINTS else run[-1:]
+            marked = run if len(one.points) <= _FEW_POINTS else run[-1:] if rounds else []
             for x, y in marked:
                 parts.append(
                     Markup('<circle class="point {}" cx="{}" cy="{}" r="2.4"><title>{}</title></circle>').format(
                         one.css,
                         f"{across(x):.1f}",
                         f"{down(y):.1f}",
-                        f"{one.name}, round {number(x, 7)}: {number(y)}",
+                        f"{one.name}, {at} {number(x, 7 if rounds else 3)}: {number(y)}",
                     )
                 )
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def span_chart(
+    value: float,
+    interval: tuple[float, float] | None,
+    scale: tuple[float, float],
+    marks: Sequence[Mark],
+    title: str,
+    identifier: str,
+) -> Markup:
+    """A value with its interval on a scale, beside what it is to be compared with.
+
+    Args:
+        value: drawn as a dot.
+        interval: drawn as a bar.
+        scale: the values at the left and the right end; what lies outside is drawn at the end.
+        marks: other values on the same scale.
+        title: the numbers in words, for those who cannot see the chart.
+        identifier: unique in the page; letters, digits and hyphens.
+    """
+    low, high = scale
+    left, right, middle = 8.0, 142.0, 10.0
+
+    def across(of: float) -> float:
+        share = 0.5 if high == low else (of - low) / (high - low)
+        return left + min(1.0, max(0.0, share)) * (right - left)
+
+    parts = [
+        Markup(
+            '<svg class="place" viewBox="0 0 150 20" role="img" aria-labelledby="{}-t"><title id="{}-t">{}</title>'
+        ).format(identifier, identifier, title),
+        _line("track", left, middle, right, middle),
+    ]
+    if interval is not None:
+        parts.append(_line("spread", across(interval[0]), middle, across(interval[1]), middle))
+    for mark in marks:
+        x = across(mark.value)
+        if mark.css == "real":
+            points = f"{x - 4:.1f},{middle} {x:.1f},{middle - 4} {x + 4:.1f},{middle} {x:.1f},{middle + 4}"
+            shape = Markup('<polygon class="{}" points="{}"><title>{}</title></polygon>').format(
+                mark.css, points, mark.title
+            )
+        else:
+            shape = Markup('<line class="{}" x1="{}" y1="2" x2="{}" y2="18"><title>{}</title></line>').format(
+                mark.css, f"{x:.1f}", f"{x:.1f}", mark.title
+            )
+        parts.append(shape)
+    parts.append(Markup('<circle class="here" cx="{}" cy="{}" r="4.5"/>').format(f"{across(value):.1f}", middle))
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
 
@@ -160,13 +244,13 @@ def _runs(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float
     return [list(points[start + 1 : stop]) for start, stop in pairwise(breaks) if stop > start + 1]
 
 
-def _description(series: Sequence[Series]) -> str:
+def _description(series: Sequence[Series], at: str) -> str:
     ends = []
     for one in series:
         finite = [(x, y) for x, y in one.points if math.isfinite(y)]
         if finite:
             (first, start), (last, end) = finite[0], finite[-1]
-            span = f"from {number(start)} in round {number(first, 7)} to {number(end)} in round {number(last, 7)}"
+            span = f"from {number(start)} {at} {number(first, 7)} to {number(end)} {at} {number(last, 7)}"
             ends.append(f"{one.name}: {span}")
     return "; ".join(ends)
 

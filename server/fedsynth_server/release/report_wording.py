@@ -69,9 +69,15 @@ def area(found: Rate) -> Finding:
     >>> area(Rate(value=0.52, low=0.48, high=0.56)).sentence
     'No better than guessing: 0.5 lies within the interval, and more than 0.56 is ruled out.'
     """
+    if found.low > 0.55:
+        strength = "Far better" if found.value >= 0.8 else "Better"
+        return Finding("bad", f"{strength} than guessing: the whole interval lies above 0.55.")
     if found.low > 0.5:
-        strength = "slightly" if found.value < 0.6 else "clearly" if found.value < 0.8 else "far"
-        return Finding("bad", f"{strength.capitalize()} better than guessing: the whole interval lies above 0.5.")
+        return Finding(
+            "open",
+            "Barely better than guessing: the interval lies just above 0.5, as one in forty does where there is nothing to "
+            "find.",
+        )
     if found.high < 0.5:
         return Finding("open", "Worse than guessing: this attack points the wrong way, and found nobody out.")
     if found.high >= 0.65:

@@ -157,7 +157,28 @@ def reading(figure: Figure) -> Reading:
     return Reading(place, verdict, beats, (*sentences, *sentence))
 
 
+def beside(figure: Figure) -> str:
+    """A figure in a sentence: its value and interval, beside what real data reach and a trivial answer.
+
+    >>> beside(Figure(metric="AUC", better="higher", synthetic=0.731, interval=(0.65, 0.80), real=0.871, floor=0.5))
+    'AUC: 0.731 (0.65 to 0.8); real data reach 0.871, a trivial answer 0.5.'
+    """
+    if figure.synthetic is None:
+        return f"{figure.metric}: not measured."
+    text = f"{figure.metric}: {number(figure.synthetic)}"
+    if figure.interval is not None:
+        text += f" ({number(figure.interval[0])} to {number(figure.interval[1])})"
+    others = [
+        f"{who} {number(value)}"
+        for who, value in (("real data reach", figure.real), ("a trivial answer", figure.floor))
+        if value is not None
+    ]
+    return f"{text}; {', '.join(others)}." if others else f"{text}."
+
+
 def _against_floor_and_ceiling(figure: Figure, value: float) -> tuple[float | None, Verdict, tuple[str, ...]]:
+    if figure.better == "none":
+        return None, "open", (_against_real(figure, value),)
     if figure.floor is None or figure.real is None:
         missing = [name for name, bound in (("floor", figure.floor), ("ceiling", figure.real)) if bound is None]
         return None, "open", (f"Cannot be placed: no {' and no '.join(missing)}.",)
@@ -172,8 +193,20 @@ def _against_floor_and_ceiling(figure: Figure, value: float) -> tuple[float | No
     return place, "ceiling" if place >= 0.5 else "between", (where,)
 
 
+def _against_real(figure: Figure, value: float) -> str:
+    """For a quantity without a good direction: whether it is that of real data."""
+    if figure.real is None:
+        return "There is no value of real data to compare it with."
+    if figure.interval is not None and figure.interval[0] <= figure.real <= figure.interval[1]:
+        return "Not told apart from real data."
+    if value == figure.real:
+        return "As in real data."
+    size = "" if figure.real == 0 else f" by {percent(abs(value / figure.real - 1))}"
+    return f"{'Above' if value > figure.real else 'Below'} real data{size}."
+
+
 def _against_public_only(figure: Figure, value: float) -> tuple[bool | None, tuple[str, ...]]:
-    if figure.public_only is None:
+    if figure.public_only is None or figure.better == "none":
         return None, ()
     if gain(figure, value, figure.public_only) <= 0:
         return False, ("No better than the public-only generator: private training added nothing here.",)
