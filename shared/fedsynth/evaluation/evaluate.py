@@ -16,18 +16,21 @@ from fedsynth.errors import UsageError
 from fedsynth.evaluation.columns import NOT_ASKED, Columns
 from fedsynth.evaluation.detection import detection
 from fedsynth.evaluation.fidelity import fidelity
+from fedsynth.evaluation.fidelity_distances import GroupNames
 from fedsynth.evaluation.genes import genes
 from fedsynth.evaluation.patients import Patients
 from fedsynth.evaluation.radiogenomics import radiogenomics, remeasured
 from fedsynth.evaluation.samples import (
     real_profiles,
     real_volumes,
+    shrink_factor,
     synthetic_profiles,
     synthetic_volumes,
 )
 from fedsynth.evaluation.utility import utility
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
+from fedsynth.metrics.feature_network import Ensemble, PairDistance, domain_ensemble
 from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.phantoms import phantom_slices
 from fedsynth.plan import StudyPlan
@@ -47,6 +50,9 @@ def evaluate(
     predict_morphology: Callable[[NDArray[np.float32]], NDArray[np.floating]] | None,
     data: str,
     seed: int,
+    further_extractors: Sequence[DomainExtractor] = (),
+    networks: Sequence[Ensemble] = (),
+    lpips: PairDistance | None = None,
 ) -> Evaluation:
     """Measure fidelity, utility, radiogenomics and genes of a release.
 
@@ -61,15 +67,19 @@ def evaluate(
             the release alone, which holds no weights: the network's own errors are then not measured.
         data: what the real patients are, for the reader, e.g. ``"simulated patients"``.
         seed: of every random draw; the same seed gives the same numbers on the same machine.
+        further_extractors: `extractor` trained again from other seeds: distances in features are averaged over all.
+        networks: further feature networks, e.g. from files (`fedsynth.metrics.onnx_network`), each with its own figures.
+        lpips: a learned perceptual distance, for diversity.
 
     Raises:
         UsageError: ``extractor_channels`` or ``synthetic_label_unknown``.
     """
     channels = len(plan.image.sequences)
-    if extractor is not None and extractor.channels != channels:
+    given = [each for each in (extractor, *further_extractors) if each is not None]
+    if any(each.channels != channels for each in given):
         raise UsageError(
             "extractor_channels",
-            f"The extractor takes {extractor.channels} channels, the plan has {channels} sequences.",
+            f"An extractor takes {[each.channels for each in given]} channels, the plan has {channels} sequences.",
         )
     # A stream a section: what one section draws does not shift the numbers of the next.
     draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(6)]
@@ -89,11 +99,15 @@ def evaluate(
     )
     sections = []
     say("Evaluating fidelity")
-    sections.append(fidelity(volumes, holdout_volumes, extractor, draws[1]))
+    ensembles = [domain_ensemble((extractor, *further_extractors)), *networks]
+    names = GroupNames(tuple(plan.label.classes), tuple(plan.image.sequences), holdout.site_names)
+    in_plane = plan.image.pixel_spacing_mm * shrink_factor(plan.image.size)
+    spacing_mm = (plan.image.slice_spacing_mm, in_plane, in_plane)
+    sections.append(fidelity(volumes, holdout_volumes, ensembles, names, spacing_mm, draws[1], lpips))
     say("Evaluating recognisability")
     sections.append(detection(volumes, holdout_volumes, draws[5]))
     say("Evaluating utility")
-    sections.append(utility(plan, volumes, holdout_volumes, extractor, draws[2]))
+    sections.append(utility(plan, volumes, holdout_volumes, extractor, draws[2], holdout.site_names))
     say("Evaluating radiogenomics")
     measured = remeasured(plan, synthetic, holdout, public_only)
     sections.append(

@@ -23,9 +23,13 @@ class _Value(BaseModel):
 
 
 class Group(_Value):
-    """A figure's value on a part of the patients or of the image: one class, one sequence, one site."""
+    """A figure's value on a part of what it is about: one class, sequence, site or morphology feature.
 
-    by: Literal["class", "sequence", "site"]
+    By ``"baseline"`` it is the figure's value for another generator that was fitted to the same real patients, in the place
+    of `synthetic`; `name` says which.
+    """
+
+    by: Literal["class", "sequence", "site", "feature", "baseline"]
     name: str
     n: int
     synthetic: float | None

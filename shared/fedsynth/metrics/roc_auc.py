@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from sklearn.metrics import roc_curve
 
 from fedsynth.metrics.measurable import NotMeasurable, require_finite
 
@@ -44,3 +45,25 @@ def macro_auc(scores: NDArray[np.floating], labels: NDArray[np.integer]) -> floa
     if len(present) < 2:
         raise NotMeasurable("only one of the classes is present")
     return float(np.mean([roc_auc(scores[:, code], labels == code) for code in present]))
+
+
+def roc_points(
+    scores: NDArray[np.floating], positive: NDArray[np.bool_], points: int = 101
+) -> list[tuple[float, float]]:
+    """The ROC curve as (false, true positive rate), closer together where false positives are rare.
+
+    Args:
+        scores: (N,) larger means more likely positive.
+        positive: (N,) truth.
+        points: how many.
+
+    Raises:
+        NotMeasurable: only one class is present, or scores are not finite.
+    """
+    require_finite("scores", scores)
+    if positive.all() or not positive.any():
+        raise NotMeasurable("only one of the two classes is present")
+    false, true, _ = roc_curve(positive, scores)
+    at = np.square(np.linspace(0.0, 1.0, points))
+    # The first point is where nothing is called positive; `interp` would take the last of several at no false positives.
+    return [(0.0, 0.0), *zip(at.tolist(), np.interp(at, false, true).tolist(), strict=True)]
