@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedsynth.attacks.rates import MIN_PATIENTS
 from fedsynth.attacks.values import CopyCheck
+from fedsynth.evaluation.samples import shrink
 from fedsynth.metrics.measurable import require_rows
 
 _FALSE_ALARM = 0.01  # probability that a release without any copy is said to hold one
@@ -32,9 +34,13 @@ _LARGEST = 1 - 1e-9
 Floats = NDArray[np.float32]
 
 
+# Images (C, S, H, W) in [0, 1] and mask (S, H, W) of a patient.
+Volume = tuple[NDArray[np.floating], NDArray[np.integer]]
+
+
 @dataclass(frozen=True)
 class Stack:
-    """Patients' volumes in few pixels: (N, C + 1, S, P, P) float16, image channels in [0, 1] and the mask.
+    """Volumes in few pixels: (N, C + 1, S, P, P) float16, image channels in [0, 1] and the mask.
 
     Attributes:
         coarse: P = `_COARSE` at most.
@@ -48,38 +54,45 @@ class Stack:
         return len(self.coarse)
 
 
-def stack(volumes: Sequence[tuple[NDArray[np.floating], NDArray[np.integer]]]) -> Stack:
-    """Of images (C, S, H, W) in [0, 1] and masks (S, H, W), one pair a patient."""
+def stack(volumes: Iterable[Volume]) -> Stack:
+    """Of one volume a patient; they are read one by one."""
     parts: dict[int, list[NDArray[np.float16]]] = {_COARSE: [], _FINE: []}
-    for images, mask in volumes:
-        both = np.concatenate([images.astype(np.float32), (mask > 0)[None].astype(np.float32)])
+    for volume in volumes:
+        both = _with_mask(volume)
         for size, kept in parts.items():
             kept.append(_pooled(both, size).astype(np.float16))
-    return Stack(*(np.stack(kept) for kept in parts.values()))
+    return Stack(*(np.stack(kept) if kept else np.zeros(0, dtype=np.float16) for kept in parts.values()))
 
 
 def image_copies(
-    training: Stack, held_out: Stack, synthetic: Iterable[Stack], participants: Sequence[str]
+    training: Stack,
+    held_out: Stack,
+    held_out_volumes: Iterable[Volume],
+    synthetic: Iterable[Volume],
+    participants: Sequence[str],
 ) -> CopyCheck:
-    """Copies among the images and masks of synthetic patients, who come in any number of stacks, read once.
+    """Copies among the images and masks of synthetic patients.
+
+    Args:
+        training, held_out: real patients.
+        held_out_volumes: the volumes that `held_out` was made of; read one by one.
+        synthetic: volumes of the release; read one by one.
+        participants: their names.
 
     Raises:
         NotMeasurable: too few patients with images.
     """
     _require(training.coarse, held_out.coarse, np.asarray(participants))
     common = _Common.of(training, held_out)
-    found = [
-        (_most_similar_volumes(each, training, common), _most_similar_volumes(each, held_out, common))
-        for each in synthetic
-    ]
-    to_training, to_held_out = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    against_training, against_held_out = _Searched.of(training, common), _Searched.of(held_out, common)
+    found = np.array([[each.most_similar(v) for each in (against_training, against_held_out)] for v in synthetic])
     return _check(
         "images",
         "Correlation of all sequences and the mask after the average real patient is subtracted, mirrored and shifted by "
         "up to a pixel",
-        _most_similar_volumes(held_out, training, common),
-        to_training,
-        to_held_out,
+        np.array([against_training.most_similar(volume) for volume in held_out_volumes]),
+        found[:, 0],
+        found[:, 1],
         participants,
     )
 
@@ -181,40 +194,53 @@ class _Common:
         return _unit(different.reshape(len(volumes), -1))
 
 
-def _most_similar_volumes(made: Stack, real: Stack, common: _Common) -> NDArray[np.float64]:
-    """(N,) largest correlation of each of `made` with any of `real`, searched coarsely and compared finely."""
-    against = np.concatenate([common.unit(real.coarse[i : i + _AT_ONCE], False) for i in range(0, len(real), _AT_ONCE)])
-    found = np.zeros(len(made))
-    for start in range(0, len(made), _AT_ONCE):
-        rows = np.arange(start, min(start + _AT_ONCE, len(made)))
-        plain = common.unit(made.coarse[rows], False) @ against.T
-        mirrored = common.unit(made.coarse[rows][..., ::-1], False) @ against.T
-        coarse = np.maximum(plain, mirrored)
-        count = min(_CANDIDATES, len(real))
-        likely = np.argpartition(-coarse, count - 1, axis=1)[:, :count]
-        for row, candidates in zip(rows, likely, strict=True):
-            compared = common.unit(_moved(made.fine[row]), True) @ common.unit(real.fine[candidates], True).T
-            found[row] = compared.max()
-    return found
+@dataclass(frozen=True)
+class _Searched:
+    """Real patients among whom the most similar one is searched, coarsely first.
+
+    Attributes:
+        coarse: (N, D) unit vectors of how they differ from the mean.
+    """
+
+    real: Stack
+    common: _Common
+    coarse: Floats
+
+    @classmethod
+    def of(cls, real: Stack, common: _Common) -> _Searched:
+        parts = [common.unit(real.coarse[i : i + _AT_ONCE], False) for i in range(0, len(real), _AT_ONCE)]
+        return cls(real, common, np.concatenate(parts))
+
+    def most_similar(self, volume: Volume) -> float:
+        """Largest correlation of `volume`, however moved, with anybody."""
+        both = _with_mask(volume)
+        small = _pooled(both, _COARSE)
+        ways = self.common.unit(np.stack([small, small[..., ::-1]]), False)
+        similar = self.coarse @ ways.T
+        mirrored = similar[:, 1].max() > similar[:, 0].max()
+        count = min(_CANDIDATES, len(similar))
+        likely = np.argpartition(-similar[:, int(mirrored)], count - 1)[:count]
+        moved = self.common.unit(_pooled(_moved(both[..., ::-1] if mirrored else both), _FINE), True)
+        return float((moved @ self.common.unit(self.real.fine[likely], True).T).max())
 
 
-def _moved(volume: NDArray[np.floating]) -> NDArray[np.floating]:
-    """(18, C, S, P, P) the volume, also mirrored, shifted by -1, 0 or 1 pixels along both axes of a slice."""
-    return np.stack(
-        [
-            np.roll(each, (down, across), axis=(-2, -1))
-            for each in (volume, volume[..., ::-1])
-            for down in (-1, 0, 1)
-            for across in (-1, 0, 1)
-        ]
-    )
+def _with_mask(volume: Volume) -> NDArray[np.float32]:
+    """(C + 1, S, P, P) on a grid of at most `LARGEST_SIZE` pixels."""
+    images, mask = volume
+    return shrink(np.concatenate([images, (mask > 0)[None]]).astype(np.float32)).astype(np.float32)
 
 
-def _pooled(volume: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    *rest, height, width = volume.shape
+def _moved(volume: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(9, C, S, P, P) the volume shifted by -1, 0 or 1 pixels along both axes of a slice."""
+    return np.stack([np.roll(volume, (down, across), axis=(-2, -1)) for down in (-1, 0, 1) for across in (-1, 0, 1)])
+
+
+def _pooled(volumes: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    *rest, height, width = volumes.shape
     factor = max(1, height // size)
-    blocks = volume.reshape(*rest, height // factor, factor, width // factor, factor)
-    return np.asarray(blocks.mean(axis=(-3, -1), dtype=np.float32))
+    planes = torch.from_numpy(np.ascontiguousarray(volumes)).reshape(-1, 1, height, width)
+    pooled = torch.nn.functional.avg_pool2d(planes, factor)
+    return np.asarray(pooled.reshape(*rest, *pooled.shape[-2:]).numpy())
 
 
 def _largest_products(made: Floats, real: Floats) -> NDArray[np.float64]:

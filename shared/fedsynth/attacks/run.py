@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fedsynth.attacks import attributes, release
 from fedsynth.attacks.coordinator import coordinator_attacks
-from fedsynth.attacks.copies import Stack, gene_copies, image_copies, stack
+from fedsynth.attacks.copies import Volume, gene_copies, image_copies, stack
 from fedsynth.attacks.descriptions import (
     SPACES,
     Described,
@@ -41,7 +41,6 @@ from fedsynth.progress import say
 from fedsynth.synthetic import SyntheticPatient, subject_digest
 
 _NAMES: dict[Space, str] = {"images": "images", "genes": "genes", "both": "images and genes"}
-_AT_ONCE = 32  # synthetic patients
 _SAMPLE = (
     "the release and a sample of the population (held-out patients of the sites who are not among the non-members)"
 )
@@ -254,12 +253,10 @@ def _copy_checks(
 ) -> Iterator[Attempt[CopyCheck]]:
     names = [patient.participant_id for patient in synthetic]
 
-    def stacks() -> Iterator[Stack]:
-        for start in range(0, len(synthetic), _AT_ONCE):
-            yield stack([(patient.images, patient.mask) for patient in synthetic[start : start + _AT_ONCE]])
-
     def of_images() -> list[CopyCheck]:
-        return [image_copies(_stack_of(train), _stack_of(holdout), stacks(), names)]
+        made = ((patient.images, patient.mask) for patient in synthetic)
+        training, held_out = stack(_volumes(train)), stack(_volumes(holdout))
+        return [image_copies(training, held_out, _volumes(holdout), made, names)]
 
     def of_genes() -> list[CopyCheck]:
         training, held_out, made = (d.genes[d.has("genes")] for d in (sides.train, sides.holdout, sides.synthetic))
@@ -269,8 +266,9 @@ def _copy_checks(
     yield "Copies among genes", of_genes
 
 
-def _stack_of(patients: Patients) -> Stack:
-    return stack([(patients.images[row], patients.masks[row]) for row in np.flatnonzero(patients.has_images)])
+def _volumes(patients: Patients) -> Iterator[Volume]:
+    for row in np.flatnonzero(patients.has_images):
+        yield patients.images[row], patients.masks[row]
 
 
 def _sanity(sides: _Sides, rng: np.random.Generator) -> Iterator[Attempt[Distances]]:
