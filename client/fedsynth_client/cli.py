@@ -266,3 +266,39 @@ def ledger(folder: SiteFolder, as_json: AsJson = False) -> None:
         envelope(current.model_dump(mode="json"))
     else:
         render(current)
+
+
+@app.command("countersign-key")
+def countersign_key(folder: SiteFolder) -> None:
+    """Make this site's key for countersigning releases, if it has none, and print its public half for the study plan."""
+    from fedsynth_client.countersign import make_key
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    name = site.policy().site
+    typer.echo(f'In the plan\'s [[sites]] entry of {name}: countersign_key = "{make_key(site)}"')
+
+
+@app.command()
+def countersign(
+    folder: SiteFolder,
+    candidate: Annotated[Path, typer.Argument(help="The candidate of a release, from the coordinator.")],
+    out: Annotated[Path, typer.Option(help="The file to write, for the coordinator.")],
+    attacks: Annotated[
+        Path | None,
+        typer.Option(help="The report of this site's own attacks (fedsynth evaluate attacks); it stays here."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Agree to the release of a candidate, after holding it against this site's own ledger and attacks."""
+    from fedsynth_client.countersign import countersign as sign
+    from fedsynth_client.countersign import prepare
+    from fedsynth_client.site import Site
+
+    site = Site(folder)
+    prepared = prepare(site, candidate, attacks)
+    typer.echo(prepared.summary)
+    if not yes:
+        typer.confirm("Countersign this content for this site?", abort=True)
+    sign(site, prepared, out)
+    typer.echo(f"Wrote {out}. Send it to the coordinator; it holds no figure of yours.")

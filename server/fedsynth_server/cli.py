@@ -77,18 +77,95 @@ def keygen(out: Annotated[Path, typer.Argument(help="Where to write the private 
     typer.echo(f"Wrote {out}. Publish this fingerprint: {generate_key(out)}")
 
 
+EvaluationFile = Annotated[Path | None, typer.Option("--evaluation", help="What was measured on these patients.")]
+AttacksFile = Annotated[
+    Path | None, typer.Option("--attacks", help="Attacks on these patients, with simulated or public ones.")
+]
+AuditFile = Annotated[Path | None, typer.Option("--audit", help="The audit of the plan (fedsynth evaluate audit).")]
+SiteEvaluationFile = Annotated[
+    Path | None, typer.Option("--site-evaluation", help="What sites found on their held-out patients.")
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--override", help="A check that fails and is answered for; repeat. Exactly those that fail."),
+]
+Statement = Annotated[str, typer.Option("--statement", help="With --override: why. It is signed, and shown first.")]
+Responsible = Annotated[str, typer.Option("--responsible", help="With --override: the role of who answers for it.")]
+
+
 @release.command()
 def make(
     folder: Annotated[Path, typer.Argument(help="The study's folder (plan.toml and checkpoint).")],
     out: Annotated[Path, typer.Option(help="The release to write; must not exist.")],
-    key: Annotated[Path, typer.Option(help="Private signing key (see keygen).")],
+    key: Annotated[Path | None, typer.Option(help="Private signing key (see keygen).")] = None,
     patients: Annotated[int, typer.Option(min=1, help="Synthetic patients to draw.")] = 150,
-    evaluation: Annotated[Path | None, typer.Option(help="An evaluation to put into the report (JSON).")] = None,
+    candidate: Annotated[
+        bool, typer.Option("--candidate", help="Stop before the gate: write OUT-candidate, to attack and countersign.")
+    ] = False,
+    evaluation: EvaluationFile = None,
+    attacks: AttacksFile = None,
+    audit: AuditFile = None,
+    site_evaluation: SiteEvaluationFile = None,
+    limits: Annotated[Path | None, typer.Option(help="Limits of attacks (see limits); without, the defaults.")] = None,
+    override: Override = None,
+    statement: Statement = "",
+    responsible: Responsible = "",
 ) -> None:
-    """Draw synthetic patients from a finished study and write a signed release."""
-    from fedsynth_server.release.from_study import release_study
+    """Draw synthetic patients from a finished study and write a signed release, if the gate lets it pass."""
+    from fedsynth.errors import UsageError
+    from fedsynth_server.release.from_study import EvidenceFiles, override_request, release_study
 
-    typer.echo(f"Release: {release_study(folder, out, key, patients, evaluation)}")
+    if (key is None) != candidate:
+        raise UsageError(
+            "key_or_candidate", "A release needs --key; a candidate is not signed.", "Give one of the two."
+        )
+    files = EvidenceFiles(evaluation, attacks, audit, site_evaluation)
+    request = override_request(override or [], statement, responsible)
+    made = release_study(folder, out, key, patients, files, limits, request)
+    if candidate:
+        typer.echo(f"Candidate: {made}. When evidence and countersignatures are there: fedsynth release finish {made}")
+    else:
+        typer.echo(f"Release: {made}")
+
+
+@release.command()
+def finish(
+    candidate: Annotated[Path, typer.Argument(help="The candidate; it stays as it is.")],
+    key: Annotated[Path, typer.Option(help="Private signing key (see keygen).")],
+    out: Annotated[
+        Path | None, typer.Option(help="The release to write; without, beside the candidate, without -candidate.")
+    ] = None,
+    evaluation: EvaluationFile = None,
+    attacks: AttacksFile = None,
+    audit: AuditFile = None,
+    site_evaluation: SiteEvaluationFile = None,
+    countersignature: Annotated[
+        list[Path] | None, typer.Option(help="A site's countersignature (fedsynth site countersign); repeat.")
+    ] = None,
+    override: Override = None,
+    statement: Statement = "",
+    responsible: Responsible = "",
+) -> None:
+    """Add evidence and countersignatures to a candidate and sign it, if the gate lets it pass."""
+    from fedsynth_server.release.from_study import EvidenceFiles, finish_candidate, override_request
+
+    files = EvidenceFiles(evaluation, attacks, audit, site_evaluation)
+    request = override_request(override or [], statement, responsible)
+    typer.echo(f"Release: {finish_candidate(candidate, out, key, files, countersignature or [], request)}")
+
+
+@release.command()
+def limits(
+    out: Annotated[Path, typer.Option(help="The file to write (TOML); must not exist.")],
+) -> None:
+    """Write the default limits of attacks, each explained, to be edited."""
+    from fedsynth.errors import UsageError
+    from fedsynth.limits import TEMPLATE
+
+    if out.exists():
+        raise UsageError("limits_exist", f"{out} is already there.", "Name another file.")
+    out.write_text(TEMPLATE, encoding="utf-8")
+    typer.echo(f"Wrote {out}. Give it to fedsynth release make with --limits.")
 
 
 @release.command()
@@ -99,7 +176,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check integrity, signature, structure and privacy statement of a release."""
+    """Check integrity, signature, structure, privacy statement and the gate's decision of a release."""
     from fedsynth_server.release.command import verify_command
 
     verify_command(folder, key, as_json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsynth.attacks.values import (
+    Attacks,
+    AttributeAttack,
+    CopyCheck,
+    MembershipAttack,
+    OperatingPoint,
+    Rate,
+    View,
+)
+from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
 from fedsynth.dp.accounting import Mechanism as Charged
 from fedsynth.dp.accounting import epsilon
 from fedsynth.plan import (
@@ -24,12 +34,13 @@ from fedsynth.plan import (
     StudyPlan,
 )
 from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import SyntheticPatient, subject_digest
 from fedsynth_server.release.make import make_release
 from fedsynth_server.release.manifest import generate_key
 
 RELEASED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 NOISE, STEPS, BATCH = 2.5, 60, 20
+CODE = "c0de" * 16
 GENES = ["EGFR", "IDH1", "PTEN", "TP53", "HLA-A"]
 
 
@@ -130,12 +141,125 @@ def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_code() -> Iterator[None]:
+    """Sources that are edited while the tests run must not make the audit stale."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsynth_server.release.make.code_digest", lambda: CODE)
+        yield
+
+
+@pytest.fixture(scope="session")
+def release_audit(release_plan: StudyPlan) -> Audit:
+    """An audit of the plan by this code that refutes nothing."""
+    return Audit(
+        plan_digest=release_plan.digest,
+        code=CODE,
+        software="fedsynth",
+        modules=[
+            AuditedModule(
+                module=module,
+                site="north",
+                claimed_epsilon=3.0,
+                delta=1e-5,
+                sample_rate=0.2,
+                noise_multiplier=NOISE,
+                steps=STEPS,
+                canaries=1000,
+                guesses=200,
+                correct=110,
+                confidence=0.95,
+                epsilon_bound=0.3,
+                reachable=4.0,
+                model="a small model",
+                seconds=1.0,
+            )
+            for module in TRAINED
+        ],
+        checks=[
+            MechanismCheck(
+                id="noise-scale",
+                title="Noise has the scale of the plan",
+                module="gan",
+                ok=True,
+                finding="2.50 of 2.50.",
+            )
+        ],
+        seconds=3.0,
+    )
+
+
+def membership(view: View, **changes: Any) -> MembershipAttack:
+    """An attack at chance, with any value changed."""
+    values: dict[str, Any] = {
+        "id": "nearest-neighbour",
+        "title": "Nearest neighbour",
+        "view": view,
+        "knows": "the patient",
+        "source": "Chen et al., 2020",
+        "members": 150,
+        "non_members": 60,
+        "area": Rate(value=0.51, low=0.44, high=0.58),
+        "points": [
+            OperatingPoint(
+                asked=asked,
+                reached=Rate(value=0.0, low=0.0, high=0.06),
+                true_positive_rate=Rate(value=0.013, low=0.002, high=0.047),
+            )
+            for asked in (0.001, 0.01)
+        ],
+        "epsilon_bound": 0.1,
+    }
+    return MembershipAttack(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def release_attacks(release_plan: StudyPlan, release_patients: list[SyntheticPatient]) -> Attacks:
+    """Attacks on the patients of the release that find nothing."""
+    copies: list[CopyCheck] = [
+        CopyCheck(
+            of=of,
+            how="Correlation.",
+            threshold=0.9,
+            compared=len(release_patients),
+            found=0,
+            found_holdout=0,
+            participants=[],
+            most_similar=(0.5, 0.6),
+        )
+        for of in ("images", "genes")
+    ]
+    return Attacks(
+        plan_digest=release_plan.digest,
+        subject=subject_digest(release_patients),
+        data="simulated patients",
+        n_synthetic=len(release_patients),
+        membership=[membership("release"), membership("coordinator")],
+        attributes=[
+            AttributeAttack(
+                id="genes-from-image",
+                title="Genes from the image",
+                knows="the image",
+                guesses="genes",
+                metric="R²",
+                members=0.21,
+                non_members=0.2,
+                gap=Rate(value=0.01, low=-0.05, high=0.07),
+            )
+        ],
+        copies=copies,
+        distances=[],
+    )
+
+
 @pytest.fixture(scope="session")
 def make(
     release_plan: StudyPlan,
     release_statement: PrivacyStatement,
     release_patients: list[SyntheticPatient],
     release_key: Path,
+    release_audit: Audit,
+    release_attacks: Attacks,
 ) -> Callable[..., Path]:
     """`make_release` to a folder, with any argument changed."""
 
@@ -148,7 +272,16 @@ def make(
             "curves": {"gan": [{"round": 1, "site": "north", "loss": 0.7}, {"round": 2, "site": "north", "loss": 0.5}]},
             "key_path": release_key,
             "released": RELEASED,
+            "audit": release_audit,
+            "attacks": release_attacks,
         }
+        plan, patients = changes.get("plan", release_plan), changes.get("patients")
+        if plan is not release_plan:  # evidence about another plan would be refused
+            arguments["audit"] = release_audit.model_copy(update={"plan_digest": plan.digest})
+            arguments["attacks"] = release_attacks.model_copy(update={"plan_digest": plan.digest})
+        if isinstance(patients, list) and patients:
+            about = {"subject": subject_digest(patients), "n_synthetic": len(patients)}
+            arguments["attacks"] = arguments["attacks"].model_copy(update=about)
         return make_release(out, **(arguments | changes))
 
     return make_changed

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedsynth.plan import Module, StudyPlan, load_plan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.outcome import ModuleOutcome, Outcome
+from fedsynth_server.release import candidate as candidate_module
 from fedsynth_server.release import make as make_module
 from fedsynth_server.release.manifest import files_of
 from fedsynth_server.release.preview import Example, ReferenceExamples
@@ -103,14 +105,17 @@ def test_an_existing_folder_is_refused_and_left_alone(make: Make, tmp_path: Path
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("module", ["write_dicom_patient", "write_tables", "write_manifest"])
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [(candidate_module, "write_dicom_patient"), (candidate_module, "write_tables"), (make_module, "write_manifest")],
+)
 def test_a_full_disk_leaves_nothing_behind(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType, what: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(make_module, module, full)
+    monkeypatch.setattr(where, what, full)
     with pytest.raises(JobFailed) as failure:
         make(tmp_path / "out")
     assert failure.value.code == "disk_full"
@@ -219,7 +224,7 @@ def test_a_release_without_an_outcome_verifies(made: Path) -> None:
     assert verify(made).status("outcome") == "ok"
 
 
-def test_an_outcome_that_leaves_modules_out_is_found(make: Make, tmp_path: Path, release_plan: StudyPlan) -> None:
+def test_an_outcome_that_leaves_modules_out_is_refused(make: Make, tmp_path: Path, release_plan: StudyPlan) -> None:
     short = Outcome(plan_digest=release_plan.digest, modules=[drowned("gan")])
-    checked = verify(make(tmp_path / "out", outcome=short))
-    assert checked.status("outcome") == "failed" and not checked.ok
+    with pytest.raises(Refused, match="one entry for each module"):
+        make(tmp_path / "out", outcome=short)

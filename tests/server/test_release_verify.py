@@ -16,6 +16,7 @@ from fedsynth.files import read_json, write_json
 from fedsynth.plan import StudyPlan
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.release.command import verify_command
+from fedsynth_server.release.decision import OverrideRequest
 from fedsynth_server.release.manifest import (
     fingerprint,
     generate_key,
@@ -292,7 +293,10 @@ def test_reproducible_noise_is_said_loudly(
     with pytest.raises(Refused, match="says private"):
         make(tmp_path / "out", plan=plan, statement=release_statement.model_copy(update={"plan_digest": plan.digest}))
     honest = release_statement.model_copy(update={"plan_digest": plan.digest, "private": False})
-    out = make(tmp_path / "out", plan=plan, statement=honest)
+    with pytest.raises(Refused, match="reproducible"):
+        make(tmp_path / "refused", plan=plan, statement=honest)
+    answered = OverrideRequest("Simulated patients, to be repeated.", "maintainer", ("private",))
+    out = make(tmp_path / "out", plan=plan, statement=honest, override=answered)
     result = verify(out)
     assert result.ok
     assert any(warning.startswith("NOT PRIVATE") for warning in result.warnings)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsynth.plan import PrivacyPlan
+from fedsynth.plan import PrivacyPlan, StudyPlan
 from fedsynth.statement import SiteStatement
+from fedsynth.sums import CONTENT, content_faults
 from fedsynth_server.release.bids import MASKS
 from fedsynth_server.release.facts import NO_GUARANTEE
 from fedsynth_server.release.imagery import file_faults, geometry_faults, identifier_faults, synthetic_faults
@@ -43,7 +44,9 @@ REQUIRED_OF_BIDS = (
     "phenotype/morphology.tsv",
     f"{MASKS}/dataset_description.json",
 )
-# What a release may hold beside; releases of earlier versions lack it.
+# Since there is a gate; releases of earlier versions lack them.
+REQUIRED_OF_GATE = (CONTENT, "gate.json", "limits.toml")
+# What a release may hold beside.
 OUTCOME = "outcome.json"
 # Versions of an accountant differ by less than this; a false statement by more.
 _EPSILON_TOLERANCE = 0.01
@@ -51,9 +54,18 @@ _EPSILON_TOLERANCE = 0.01
 
 def structure_faults(release: Release) -> list[str]:
     """Files that every release must have, and trees that it has without saying so."""
-    required = [*REQUIRED]
-    if release.has_bids:
-        required += [f"bids/{name}" for name in REQUIRED_OF_BIDS]
+    required = [*REQUIRED, *(REQUIRED_OF_GATE if release.has_gate else ())]
+    faults = [f"missing: {name}" for name in required if not (release.folder / name).is_file()]
+    return faults + _tree_faults(release)
+
+
+def listed_faults(release: Release) -> list[str]:
+    """What sites countersign is all there and as ``CONTENT.SHA256SUMS`` lists it."""
+    return content_faults(release.folder) + _tree_faults(release) if release.has_gate else []
+
+
+def _tree_faults(release: Release) -> list[str]:
+    required = [f"bids/{name}" for name in REQUIRED_OF_BIDS] if release.has_bids else []
     faults = [f"missing: {name}" for name in required if not (release.folder / name).is_file()]
     for name in ("bids", "dicom"):
         if (release.folder / name).exists() != (name in release.index.formats):
@@ -113,6 +125,27 @@ def privacy_faults(release: Release) -> list[str]:
         if site.epsilon_lifetime < site.epsilon:
             faults.append(f"site {site.name}: epsilon of all studies is below that of this one")
         faults += _recomputed_faults(site, plan.privacy)
+        faults += _holdout_faults(site, plan)
+    if statement.holdout_epsilon_budget != (plan.site_evaluation.epsilon if plan.site_evaluation else None):
+        faults.append("the budget of held-out patients in privacy.json is not that of plan.toml")
+    return faults
+
+
+def _holdout_faults(site: SiteStatement, plan: StudyPlan) -> list[str]:
+    """Held-out patients spent what the plan allows, and not less than the noise of their one sum costs."""
+    from fedsynth.dp.accounting import Mechanism, epsilon
+
+    if site.holdout is None:
+        return []
+    if plan.site_evaluation is None:
+        return [f"site {site.name}: held-out patients spent epsilon although the plan has no evaluation"]
+    spent, budget = site.holdout.epsilon, plan.site_evaluation.epsilon
+    faults = []
+    if not 0 <= spent <= budget * (1 + 1e-6):
+        faults.append(f"site {site.name}: held-out patients spent epsilon {spent:.4g}, not within {budget:.4g}")
+    cost = epsilon([Mechanism(1.0, site.holdout.noise_multiplier, 1)], plan.privacy.delta, plan.privacy.accountant)
+    if cost > spent * (1 + _EPSILON_TOLERANCE):
+        faults.append(f"site {site.name}: the sum over held-out patients costs epsilon {cost:.4g}, more than stated")
     return faults
 
 
@@ -145,6 +178,7 @@ def _recomputed_faults(site: SiteStatement, privacy: PrivacyPlan) -> list[str]:
 
 # Name, what holds when there is no fault, test; in the order in which they are shown.
 CHECKS: tuple[tuple[str, str, Callable[[Release], list[str]]], ...] = (
+    ("content", "what sites countersign is as it was listed", listed_faults),
     ("participants", "every participant has genes, morphology, images and mask", participants_faults),
     ("geometry", "images lie on the plan's grid; NIfTI and DICOM agree", geometry_faults),
     ("synthetic", "every image says that it is synthetic", synthetic_faults),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Literal
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict
 
 Status = Literal["ok", "failed", "not asked"]
@@ -21,6 +25,8 @@ class GateCheck(_Value):
         status: ``"not asked"`` when the limits do not ask for it, which the finding says.
         finding: what was measured and what the limit is, in a sentence with its numbers.
         remedy: what could be done when it failed.
+        overridable: whether somebody may answer for releasing although it failed. Never for damaged files, identifiers,
+            missing ledgers, a site that did not sign, or a claim that was shown to be false.
     """
 
     id: str
@@ -28,6 +34,7 @@ class GateCheck(_Value):
     status: Status
     finding: str
     remedy: str = ""
+    overridable: bool = True
 
 
 class Override(_Value):
@@ -47,11 +54,19 @@ class Override(_Value):
 
 
 class GateDecision(_Value):
-    """All checks of a release, in the order in which they are shown."""
+    """All checks of a release, in the order in which they are shown.
+
+    Attributes:
+        subject: which synthetic patients it is about (`fedsynth.synthetic.subject_digest`).
+        content: SHA-256 of ``CONTENT.SHA256SUMS``, which is what sites countersign.
+        code: SHA-256 over the sources that decided (`fedsynth.auditing.code.code_digest`); the audit must be of these.
+    """
 
     schema_version: Literal[1] = 1
     plan_digest: str
     subject: str
+    content: str = ""
+    code: str = ""
     checks: list[GateCheck]
     override: Override | None = None
 
@@ -59,3 +74,55 @@ class GateDecision(_Value):
     def failed(self) -> list[GateCheck]:
         """The checks that failed."""
         return [check for check in self.checks if check.status == "failed"]
+
+
+@dataclass(frozen=True)
+class OverrideRequest:
+    """That somebody wants to answer for a release whose checks fail.
+
+    Attributes:
+        statement: why, in the words of whoever answers for it.
+        responsible: their role, e.g. "data protection officer of the coordinator".
+        checks: ids of the checks that are expected to fail, all of them and no other: nobody answers for what they have not
+            seen.
+    """
+
+    statement: str
+    responsible: str
+    checks: tuple[str, ...]
+
+
+def sign_override(request: OverrideRequest, decision: GateDecision, key: Ed25519PrivateKey) -> Override:
+    """`request` as a signed statement about `decision`."""
+    unsigned = Override(
+        statement=request.statement,
+        responsible=request.responsible,
+        failed=[check.id for check in decision.failed],
+        signature="",
+    )
+    return unsigned.model_copy(update={"signature": key.sign(_message(unsigned, decision)).hex()})
+
+
+def override_is_signed(decision: GateDecision, key: Ed25519PublicKey) -> bool:
+    """Whether `key` signed the override of `decision` for this plan, content and subject."""
+    if decision.override is None:
+        return False
+    try:
+        key.verify(bytes.fromhex(decision.override.signature), _message(decision.override, decision))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _message(override: Override, decision: GateDecision) -> bytes:
+    """What is signed: canonical JSON of everything that the override is about."""
+    about = {
+        "kind": "override of a release's gate",
+        "plan_digest": decision.plan_digest,
+        "subject": decision.subject,
+        "content": decision.content,
+        "statement": override.statement,
+        "responsible": override.responsible,
+        "failed": override.failed,
+    }
+    return json.dumps(about, sort_keys=True, separators=(",", ":")).encode()

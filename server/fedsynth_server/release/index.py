@@ -12,11 +12,14 @@ from fedsynth_server.release.facts import ReleaseFacts
 
 
 class ReleaseIndex(BaseModel):
-    """Identity and extent of a release."""
+    """Identity and extent of a release.
+
+    `schema_version` 1 is of releases that were made before there was a gate (`fedsynth_server.release.gate`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     identifier: str
     study: str
     plan_digest: str

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -25,16 +24,15 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedsynth.errors import Refused, UsageError
-from fedsynth.files import sha256_file
+from fedsynth.sums import SUMS, differences, files_of, list_of, read_sums
 
-SUMS = "SHA256SUMS"
 SIGNATURE = "SHA256SUMS.sig"
 PUBLIC_KEY = "release.pub.pem"
 
+__all__ = ["PUBLIC_KEY", "SIGNATURE", "SUMS", "files_of", "read_sums"]
+
 # The list cannot hold itself, and the signature is made over the list.
 UNLISTED = frozenset({SUMS, SIGNATURE})
-
-_LINE = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)")
 
 
 def generate_key(path: Path) -> str:
@@ -110,54 +108,12 @@ def fingerprint(key: Ed25519PublicKey) -> str:
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
 
 
-def files_of(folder: Path) -> list[str]:
-    """POSIX paths of all regular files under `folder`, in the order of their bytes (as ``LC_ALL=C sort``).
-
-    Raises:
-        Refused: ``release_not_plain``, for a symbolic link or a special file: neither can be summed faithfully.
-    """
-    found = []
-    for directory, subfolders, names in os.walk(folder):
-        for name in (*subfolders, *names):
-            path = Path(directory, name)
-            plain = not path.is_symlink() and (path.is_file() or path.is_dir())
-            if not plain:
-                raise Refused("release_not_plain", f"{path.relative_to(folder)} is a link or no plain file.")
-        found += [Path(directory, name).relative_to(folder).as_posix() for name in names]
-    return sorted(found, key=os.fsencode)
-
-
 def write_manifest(folder: Path, key: Ed25519PrivateKey) -> None:
     """Write the public key, SHA256SUMS over every file of `folder`, and its signature (64 raw bytes)."""
     (folder / PUBLIC_KEY).write_bytes(public_pem(key.public_key()))
-    listed = [name for name in files_of(folder) if name not in UNLISTED]
-    sums = "".join(f"{sha256_file(folder / name)}  {name}\n" for name in listed).encode()
+    sums = list_of(folder, [name for name in files_of(folder) if name not in UNLISTED])
     (folder / SUMS).write_bytes(sums)
     (folder / SIGNATURE).write_bytes(key.sign(sums))
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 (hex) by path, as SHA256SUMS lists them.
-
-    Raises:
-        Refused: ``manifest_missing`` or ``manifest_malformed``.
-    """
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise Refused("manifest_missing", f"The release has no {SUMS}.") from None
-    except UnicodeDecodeError:
-        raise Refused("manifest_malformed", f"{SUMS} is not UTF-8 text.") from None
-    sums: dict[str, str] = {}
-    if lines.pop() != "":
-        raise Refused("manifest_malformed", f"{SUMS} does not end with a line break.")
-    for number, line in enumerate(lines, start=1):
-        match = _LINE.fullmatch(line)
-        inside = match is not None and ".." not in PurePosixPath(match[2]).parts and not match[2].startswith("/")
-        if match is None or not inside or match[2] in sums:
-            raise Refused("manifest_malformed", f"Line {number} of {SUMS} is malformed, repeated or leads outside.")
-        sums[match[2]] = match[1]
-    return sums
 
 
 def manifest_faults(folder: Path) -> list[str]:
@@ -166,12 +122,7 @@ def manifest_faults(folder: Path) -> list[str]:
     Raises:
         Refused: SHA256SUMS cannot be read, or `folder` holds links or special files.
     """
-    sums = read_sums(folder)
-    present = set(files_of(folder)) - UNLISTED
-    faults = [f"missing: {name}" for name in sorted(sums.keys() - present)]
-    faults += [f"not listed: {name}" for name in sorted(present - sums.keys())]
-    faults += [f"altered: {name}" for name in sorted(sums.keys() & present) if sha256_file(folder / name) != sums[name]]
-    return faults
+    return differences(folder, read_sums(folder), set(files_of(folder)) - UNLISTED)
 
 
 def signature_is_valid(folder: Path, key: Ed25519PublicKey) -> bool:

@@ -37,6 +37,11 @@ class Release:
         """Whether it says that it holds a DICOM tree."""
         return "dicom" in self.index.formats
 
+    @property
+    def has_gate(self) -> bool:
+        """Whether it was made since there is a gate."""
+        return self.index.schema_version >= 2
+
     @cached_property
     def participants(self) -> list[str]:
         """Ids in the order of the participants table."""

@@ -5,14 +5,15 @@ Content is opened only when every file is as it was signed: a file that somebody
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from fedsynth.errors import FedsynthError, Refused, UsageError
+from fedsynth.sums import CONTENT, content_faults
 from fedsynth_server.release import content
+from fedsynth_server.release.candidate import is_candidate
+from fedsynth_server.release.checks import Check, Status, check, content_checks
+from fedsynth_server.release.gate import decision_faults, gate_warnings
 from fedsynth_server.release.manifest import (
     PUBLIC_KEY,
     fingerprint,
@@ -22,19 +23,7 @@ from fedsynth_server.release.manifest import (
 )
 from fedsynth_server.release.opened import Release, open_release
 
-Status = Literal["ok", "failed", "skipped"]
-_SHOWN_FAULTS = 5
-# What the readers of the formats raise on content that was signed and is malformed all the same.
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check: what it asks, how it ended, and why."""
-
-    name: str
-    status: Status
-    reason: str
+__all__ = ["Check", "Status", "VerificationResult", "verify"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +44,11 @@ class VerificationResult:
     @property
     def ok(self) -> bool:
         """Whether every check was made and passed."""
-        return all(check.status == "ok" for check in self.checks)
+        return all(each.status == "ok" for each in self.checks)
 
     def status(self, name: str) -> Status:
         """How the check called `name` ended."""
-        return next(check.status for check in self.checks if check.name == name)
+        return next(each.status for each in self.checks if each.name == name)
 
 
 def verify(folder: Path, trusted_key: Path | None = None, trusted_fingerprint: str | None = None) -> VerificationResult:
@@ -85,25 +74,59 @@ def verify(folder: Path, trusted_key: Path | None = None, trusted_fingerprint: s
             raise UsageError("trusted_key_ambiguous", "The trusted key does not have the trusted fingerprint.")
         trusted = trusted_fingerprint
 
+    if is_candidate(folder):
+        return _candidate(folder, trusted)
     checks = [
-        _run("manifest", "every file is as listed, none is missing, none is extra", lambda: manifest_faults(folder))
+        check("manifest", "every file is as listed, none is missing, none is extra", lambda: manifest_faults(folder))
     ]
     found, signature = _check_signature(folder, trusted)
     checks.append(signature)
-    intact = all(check.status == "ok" for check in checks)
+    intact = all(each.status == "ok" for each in checks)
     warnings = [] if trusted is not None else [_untrusted(found)]
     if intact:
         release, opened = _open(folder)
         checks.append(opened)
         if release is not None and opened.status == "ok":
-            checks += [_run(name, says, partial(test, release)) for name, says, test in content.CHECKS]
-            warnings += content.warnings(release)
-    names = [check.name for check in checks]
-    skipped = "not looked at, because an earlier check failed"
-    missing = [name for name in ("structure", *(name for name, _, _ in content.CHECKS)) if name not in names]
-    checks += [Check(name, "skipped", skipped) for name in missing]
+            checks += _of_content(release)
+            warnings += _warnings(release)
     signer = None if trusted is None else signature.status == "ok"
-    return VerificationResult(checks, found, signer, warnings)
+    return VerificationResult([*checks, *_skipped(checks, intact)], found, signer, warnings)
+
+
+def _of_content(release: Release) -> list[Check]:
+    """What lies in the folder is what a release is, and the gate let it pass."""
+    found = content_checks(release)
+    if release.has_gate:
+        says = "the gate's decision follows from the evidence; signatures of sites and overrides hold"
+        key = load_public_key(release.folder / PUBLIC_KEY)
+        found.append(check("gate", says, lambda: decision_faults(release, found[: len(content.CHECKS)], key)))
+    return found
+
+
+def _warnings(release: Release) -> list[str]:
+    try:
+        return [*gate_warnings(release), *content.warnings(release)]
+    except Refused:  # the check of the gate says so
+        return content.warnings(release)
+
+
+def _skipped(made: list[Check], intact: bool) -> list[Check]:
+    names = {each.name for each in made}
+    last = () if intact and "participants" in names else ("gate",)  # earlier releases have none
+    missing = [name for name in ("structure", *(name for name, _, _ in content.CHECKS), *last) if name not in names]
+    return [Check(name, "skipped", "not looked at, because an earlier check failed") for name in missing]
+
+
+def _candidate(folder: Path, trusted: str | None) -> VerificationResult:
+    """A candidate is no release, whatever its files are."""
+    listed = check("manifest", f"every file is as {CONTENT} lists it", lambda: content_faults(folder))
+    unsigned = Check(
+        "signature",
+        "failed",
+        "this is a candidate: the gate has not let it pass and nobody has signed it (fedsynth release finish)",
+    )
+    checks = [listed, unsigned]
+    return VerificationResult([*checks, *_skipped(checks, False)], "", None if trusted is None else False)
 
 
 def _check_signature(folder: Path, trusted: str | None) -> tuple[str, Check]:
@@ -120,7 +143,7 @@ def _check_signature(folder: Path, trusted: str | None) -> tuple[str, Check]:
         return [] if signature_is_valid(folder, key) else ["the signature does not belong to SHA256SUMS and this key"]
 
     says = "the trusted key signed it" if trusted is not None else "the key in the folder signed it"
-    return found, _run("signature", says, faults)
+    return found, check("signature", says, faults)
 
 
 def _untrusted(found: str) -> str:
@@ -135,18 +158,4 @@ def _open(folder: Path) -> tuple[Release | None, Check]:
         release = open_release(folder)
     except FedsynthError as error:
         return None, Check("structure", "failed", error.message)
-    return release, _run("structure", "every required file is there", lambda: content.structure_faults(release))
-
-
-def _run(name: str, says: str, faults: Callable[[], list[str]]) -> Check:
-    """Make one check; its reason is what holds, or the first faults."""
-    try:
-        found = faults()
-    except Refused as error:
-        found = [error.message]
-    except _UNREADABLE as error:
-        found = [f"a file does not have the form that it must have ({type(error).__name__}: {error})"]
-    if not found:
-        return Check(name, "ok", says)
-    more = f"; and {len(found) - _SHOWN_FAULTS} more" if len(found) > _SHOWN_FAULTS else ""
-    return Check(name, "failed", "; ".join(found[:_SHOWN_FAULTS]) + more)
+    return release, check("structure", "every required file is there", lambda: content.structure_faults(release))
