@@ -114,7 +114,7 @@ def evaluate(
         radiogenomics(plan, profiles, holdout_profiles, predict_morphology or _no_network, measured, draws[3])
     )
     say("Evaluating genes")
-    sections.append(genes(plan, profiles, holdout_profiles, draws[4]))
+    sections.append(genes(plan, profiles, holdout_profiles, draws[4], holdout.site_names))
     return Evaluation(
         subject=subject_digest(synthetic),
         data=data,
