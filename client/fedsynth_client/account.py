@@ -5,13 +5,18 @@ from __future__ import annotations
 from pydantic import BaseModel
 
 from fedsynth.dp.accounting import PRV_LEAST_DELTA, Accountant, Mechanism, epsilon
-from fedsynth.errors import FedsynthError
+from fedsynth.errors import FedsynthError, UsageError
+from fedsynth.plan import Population
+from fedsynth_client.cohort import read_entries, split_digest
 from fedsynth_client.ledger import Entry
 from fedsynth_client.site import Site
 
 
 class Spending(BaseModel):
-    """What one module of one study was charged. `epsilon_alone` is of this module by itself at the policy's delta."""
+    """What one module of one study was charged, and to whom.
+
+    `epsilon_alone` is of this module by itself at the policy's delta.
+    """
 
     study: str
     module: str
@@ -22,11 +27,14 @@ class Spending(BaseModel):
     max_grad_norm: float
     private: bool
     epsilon_alone: float
+    population: Population = "train"
 
 
 class Account(BaseModel):
     """The whole ledger of a site. `epsilon` composes all spendings at `delta`; it is less than the sum of its parts.
 
+    `epsilon`, `max_epsilon` and `left` are of training patients; the same names with `holdout` are of held-out patients, who
+    are other people. Where the cohort was prepared anew since a charge, that charge counts against both.
     `accountant` is that of the study charged last: as `epsilon` was judged then, so it reads here.
     """
 
@@ -37,6 +45,9 @@ class Account(BaseModel):
     accountant: Accountant
     max_epsilon: float
     left: float
+    holdout_epsilon: float
+    max_holdout_epsilon: float
+    holdout_left: float
     entries: int
     messages_sent: int
     head: str
@@ -56,7 +67,9 @@ def account(site: Site) -> Account:
     by = _accountant(site, charges[-1].body["study"]) if charges else "rdp"
     if delta < PRV_LEAST_DELTA:  # the policy was tightened since
         by = "rdp"
-    spent = epsilon(ledger.history(), delta, by)
+    split = current_split(site)
+    spent = epsilon(ledger.history(split=split), delta, by)
+    held_out = epsilon(ledger.history(population="holdout", split=split), delta, by)
     return Account(
         site=policy.site,
         spendings=[
@@ -68,10 +81,21 @@ def account(site: Site) -> Account:
         accountant=by,
         max_epsilon=policy.max_epsilon,
         left=max(policy.max_epsilon - spent, 0.0),
+        holdout_epsilon=held_out,
+        max_holdout_epsilon=policy.max_holdout_epsilon,
+        holdout_left=max(policy.max_holdout_epsilon - held_out, 0.0),
         entries=len(entries),
         messages_sent=sum(entry.kind == "sent" for entry in entries),
         head=ledger.head,
     )
+
+
+def current_split(site: Site) -> str | None:
+    """How the site's cohort is split now; None without a cohort."""
+    try:
+        return split_digest(read_entries(site.cohort_path))
+    except UsageError:  # the ledger outlives cohorts
+        return None
 
 
 def _accountant(site: Site, study: str) -> Accountant:
@@ -97,6 +121,7 @@ def _spending(charges: list[Entry], delta: float, by: Accountant) -> Spending:
         max_grad_norm=body["max_grad_norm"],
         private=all(c.body["private"] for c in charges),
         epsilon_alone=epsilon(history, delta, by),
+        population=body.get("population", "train"),
     )
 
 
@@ -124,7 +149,12 @@ def render(current: Account) -> None:
         )
     console.print(table)
     console.print("q: sample rate; sigma: noise multiplier; eps: epsilon of the module alone", style="dim")
+    held_out = (
+        f"Held-out patients, other people: epsilon {current.holdout_epsilon:.4f} of {current.max_holdout_epsilon:g}; "
+        f"left {current.holdout_left:.4f}.\n"
+    )
     console.print(
         f"Spent, all composed: epsilon {current.epsilon:.4f} of {current.max_epsilon:g}; left {current.left:.4f}.\n"
-        f"{current.entries} entries, chain intact, {current.messages_sent} replies sent; head {current.head[:16]}."
+        + (held_out if any(s.population == "holdout" for s in current.spendings) or current.max_holdout_epsilon else "")
+        + f"{current.entries} entries, chain intact, {current.messages_sent} replies sent; head {current.head[:16]}."
     )

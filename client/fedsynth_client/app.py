@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsynth.errors import FedsynthError, UsageError
-from fedsynth.plan import MODULES, Module
+from fedsynth.plan import MODULES, Activity
 from fedsynth.records import check_task, refusal
 from fedsynth_client.rounds import answer
 from fedsynth_client.site import Site
@@ -38,7 +38,7 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
     """A ClientApp whose site is found by `folder_of`."""
     app = ClientApp()
 
-    def handle(module: Module, message: Message, context: Context) -> Message:
+    def handle(module: Activity, message: Message, context: Context) -> Message:
         recipient = f"node {message.metadata.src_node_id}"
 
         content = _guarded(module, lambda: folder_of(context), lambda s: answer(s, module, message.content, recipient))
@@ -53,11 +53,12 @@ def make_app(folder_of: Callable[[Context], Path] = site_folder) -> ClientApp:
 
         return Message(_guarded("site", lambda: folder_of(context), work), reply_to=message)
 
-    def handler(module: Module) -> Callable[[Message, Context], Message]:
+    def handler(module: Activity) -> Callable[[Message, Context], Message]:
         return lambda message, context: handle(module, message, context)
 
     for module in MODULES:
         app.train(module)(handler(module))
+    app.evaluate("holdout")(handler("evaluation"))
 
     return app
 

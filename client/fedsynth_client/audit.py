@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from fedsynth.budget import mechanism
+from fedsynth.budget import charge
 from fedsynth.deployment.checks import Doubt, Line, check
 from fedsynth.errors import Refused
 from fedsynth_client.account import account
@@ -14,7 +14,8 @@ from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.site import Site
 
 _TASK = frozenset({"study", "module", "round"})
-# What an entry of each kind holds.
+# What an entry of each kind holds; `_WHOM` was not written by versions that knew training patients only.
+_WHOM = frozenset({"population", "split"})
 _HOLDS: dict[str, frozenset[str]] = {
     "charge": _TASK | {"sample_rate", "noise_multiplier", "steps", "max_grad_norm", "private"},
     "resumed": _TASK,
@@ -64,7 +65,10 @@ def _order(entries: list[Entry]) -> str:
     """Every task was charged once before anything else, came to one end, and sent only what it released."""
     stories: dict[Task, list[Entry]] = defaultdict(list)
     for entry in entries:
-        if frozenset(entry.body) != _HOLDS.get(entry.kind):
+        held = frozenset(entry.body)
+        if entry.kind == "charge" and held >= _WHOM:
+            held -= _WHOM
+        if held != _HOLDS.get(entry.kind):
             raise Refused("entry_unknown", f"Entry {entry.sequence} is of a kind that this version does not write.")
         stories[_task(entry)].append(entry)
     for task, story in stories.items():
@@ -121,9 +125,11 @@ def _plans(site: Site, entries: list[Entry]) -> str:
             continue
         for entry in (each for each in charges if each.body["study"] == study):
             module = entry.body["module"]
-            asked, clip = mechanism(plan, name, module), plan.training(module).max_grad_norm
-            found = (entry.body["sample_rate"], entry.body["noise_multiplier"], entry.body["steps"])
-            if found != (asked.sample_rate, asked.noise_multiplier, asked.steps) or entry.body["max_grad_norm"] != clip:
+            cost = charge(plan, name, module)
+            asked = cost.mechanism
+            terms = (asked.sample_rate, asked.noise_multiplier, asked.steps, cost.max_grad_norm, cost.population)
+            names = ("sample_rate", "noise_multiplier", "steps", "max_grad_norm")
+            if (*(entry.body[each] for each in names), entry.body.get("population", "train")) != terms:
                 raise Refused(
                     "charge_differs_from_plan", f"Entry {entry.sequence} charged other terms than its plan's."
                 )
@@ -137,6 +143,14 @@ def _plans(site: Site, entries: list[Entry]) -> str:
 def _budget(site: Site) -> str:
     """What was spent in all is within the policy, and was spent with unpredictable noise."""
     current = account(site)
+    charged = any(spending.population == "holdout" for spending in current.spendings)
+    if charged and current.holdout_epsilon > current.max_holdout_epsilon + 1e-9:
+        raise Refused(
+            "holdout_budget_exceeded",
+            f"Held-out patients have spent epsilon {current.holdout_epsilon:.4f}; the policy allows "
+            f"{current.max_holdout_epsilon:g}.",
+            "The policy was tightened, or the cohort prepared anew, since. No evaluation can run under it.",
+        )
     if current.epsilon > current.max_epsilon + 1e-9:
         raise Refused(
             "budget_exceeded",
@@ -145,7 +159,10 @@ def _budget(site: Site) -> str:
         )
     if not all(spending.private for spending in current.spendings):
         raise Doubt("not_private", "Some noise came from a fixed seed: what it hid is not hidden.", "See the ledger.")
-    return f"budget: epsilon {current.epsilon:.4f} of {current.max_epsilon:g} at delta {current.delta:g}"
+    text = f"budget: epsilon {current.epsilon:.4f} of {current.max_epsilon:g} at delta {current.delta:g}"
+    if charged:
+        text += f"; of held-out patients {current.holdout_epsilon:.4f} of {current.max_holdout_epsilon:g}"
+    return text
 
 
 def _head(entries: list[Entry], head: str) -> str:

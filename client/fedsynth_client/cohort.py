@@ -12,10 +12,12 @@ Layout of a cohort folder (nothing in it is a pickle, and nothing in it leaves t
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,9 +26,9 @@ from safetensors.numpy import load_file
 
 from fedsynth.errors import UsageError
 from fedsynth.morphology import normalise
-from fedsynth.plan import Module
+from fedsynth.plan import Module, Population
 
-Split = Literal["train", "holdout"]
+Split = Population
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,26 @@ class Cohort:
         )
 
     def split(self, split: Split) -> Cohort:
-        """The patients of one split. Only ``"train"`` may be trained on; ``"holdout"`` is for local evaluation."""
+        """The patients of one split. Only ``"train"`` may be trained on; ``"holdout"`` is for evaluation."""
         return self.rows(np.array([entry.split == split for entry in self.entries], dtype=bool))
+
+
+def split_digest(entries: Iterable[PatientEntry]) -> str:
+    """SHA-256 (hex) of who is of which split, in whatever order.
+
+    Preparing a cohort anew draws new keys and a new split, so two preparations never have the same digest.
+    """
+    lines = sorted(f"{entry.key} {entry.split}" for entry in entries)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def read_entries(folder: Path) -> tuple[PatientEntry, ...]:
+    """What the manifest of a prepared cohort says of its patients.
+
+    Raises:
+        UsageError: ``cohort_missing`` when the folder holds no manifest.
+    """
+    return _entries(_manifest(folder))
 
 
 def load_cohort(folder: Path, feature_names: list[str]) -> Cohort:
@@ -104,17 +124,8 @@ def load_cohort(folder: Path, feature_names: list[str]) -> Cohort:
     Raises:
         UsageError: ``cohort_missing`` when the folder holds no manifest.
     """
-    manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
-        raise UsageError(
-            "cohort_missing",
-            f"{folder} is not a prepared cohort: it has no manifest.json.",
-            "Run `fedsynth site prepare`.",
-        )
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    entries = tuple(
-        PatientEntry(row["key"], row["split"], row["has_images"], row["has_genes"]) for row in manifest["patients"]
-    )
+    manifest = _manifest(folder)
+    entries = _entries(manifest)
     keys = [entry.key for entry in entries]
     image = manifest["image"]
     shape = (len(image["sequences"]), image["slices"], image["size"], image["size"])
@@ -128,3 +139,21 @@ def load_cohort(folder: Path, feature_names: list[str]) -> Cohort:
     clinical = pd.read_parquet(folder / "clinical.parquet").reindex(keys)
     morphology = normalise(clinical[feature_names].to_numpy(dtype=np.float64), feature_names)
     return Cohort(entries, images, masks, genes, morphology, clinical["label"].to_numpy(dtype=np.int64))
+
+
+def _entries(manifest: dict[str, Any]) -> tuple[PatientEntry, ...]:
+    return tuple(
+        PatientEntry(row["key"], row["split"], row["has_images"], row["has_genes"]) for row in manifest["patients"]
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise UsageError(
+            "cohort_missing",
+            f"{folder} is not a prepared cohort: it has no manifest.json.",
+            "Run `fedsynth site prepare`.",
+        )
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -13,12 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from pydantic import BaseModel
 
 from fedsynth.engines import embedding, moments
+from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators_template
 from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, StudyPlan
 from fedsynth.profiles import profile_template
 from fedsynth.records import (
+    EVALUATORS,
     MESSAGE_TYPES,
     PROGRESS,
     PUBLIC,
@@ -54,7 +56,7 @@ class Record(BaseModel):
 
 
 class Exchange(BaseModel):
-    """One round of one module: what arrives and what leaves, and how many rounds there are."""
+    """One round of one module, or an evaluation: what arrives and what leaves, and how many rounds there are."""
 
     module: str
     message_type: str
@@ -84,7 +86,7 @@ class DryRun(BaseModel):
 
 def dry_run(plan: StudyPlan, site: str) -> DryRun:
     """What would travel if `plan` ran to its end at `site`."""
-    exchanges = [_exchange(plan, module, site) for module in plan.modules]
+    exchanges = [_exchange(plan, activity, site) for activity in plan.activities]
     return DryRun(
         study=plan.digest,
         site=site,
@@ -94,22 +96,24 @@ def dry_run(plan: StudyPlan, site: str) -> DryRun:
     )
 
 
-def task_bytes(plan: StudyPlan, module: Module) -> int:
+def task_bytes(plan: StudyPlan, module: Activity) -> int:
     """Bytes of the records of one task of `module`."""
     return sum(record.bytes for record in _arrives(plan, module, plan.sites[0].name))
 
 
-def incoming(plan: StudyPlan, module: Module) -> dict[str, State]:
+def incoming(plan: StudyPlan, module: Activity) -> dict[str, State]:
     """Templates of the weights that a task of `module` carries, by record; the values mean nothing."""
     return {name: _template(plan, name) for name in task_weights(plan, module)}
 
 
-def outgoing(plan: StudyPlan, module: Module) -> State:
+def outgoing(plan: StudyPlan, module: Activity) -> State:
     """Template of the weights that a reply of `module` carries; the values mean nothing."""
     if module == "moments":
         return {TOTAL: torch.zeros(moments.row_size(plan))}
     if module == "embedding":
         return {TOTAL: torch.zeros(embedding.row_size(plan))}
+    if module == "evaluation":
+        return {TOTAL: torch.zeros(ROW_SIZE)}
     return _template(plan, WEIGHTS[module])
 
 
@@ -120,6 +124,8 @@ def _template(plan: StudyPlan, record: str) -> State:
         return embedding.public_template(plan)
     if record == WEIGHTS["gan"]:
         return dict(make_generator(plan).state_dict())
+    if record == EVALUATORS:
+        return evaluators_template(plan)
     if record == "discriminator":
         return dict(make_discriminator(plan).state_dict())
     if record == WEIGHTS["autoencoder"]:
@@ -129,22 +135,22 @@ def _template(plan: StudyPlan, record: str) -> State:
     return profile_template(plan)[record]
 
 
-def _exchange(plan: StudyPlan, module: Module, site: str) -> Exchange:
+def _exchange(plan: StudyPlan, module: Activity, site: str) -> Exchange:
     return Exchange(
         module=module,
         message_type=MESSAGE_TYPES[module],
-        rounds=plan.training(module).rounds,
+        rounds=plan.rounds(module),
         arrives=_arrives(plan, module, site),
         leaves=_leaves(plan, module),
     )
 
 
-def _arrives(plan: StudyPlan, module: Module, site: str) -> list[Record]:
+def _arrives(plan: StudyPlan, module: Activity, site: str) -> list[Record]:
     weights = {name: to_record(state) for name, state in incoming(plan, module).items()}
     return _described({"task": task_record(plan.digest, module, 1, site, _DIGEST), **weights})
 
 
-def _leaves(plan: StudyPlan, module: Module) -> list[Record]:
+def _leaves(plan: StudyPlan, module: Activity) -> list[Record]:
     # The values are stand-ins of the type that `fedsynth.records` demands; each takes as many bytes whatever it is.
     receipt = ConfigRecord({"head": _DIGEST, "epsilon": 0.0, "epsilon_lifetime": 0.0, "steps": 0, "private": True})
     return _described(

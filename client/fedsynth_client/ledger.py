@@ -1,5 +1,10 @@
 """The privacy ledger: what this cohort has spent, over all modules, rounds and studies, for the cohort's whole life.
 
+Training patients and held-out patients are different people, so each population has an account of its own: a charge names
+whom it is of, and under which split of the cohort. A cohort that is prepared anew is split anew, and nobody can tell who was
+where before; a charge of the other population under another split therefore counts against both. Charges of a version that
+knew no populations are of training patients under a split that is not known.
+
 One SQLite file, append-only (triggers refuse UPDATE and DELETE) and hash-chained (each entry's digest covers the one
 before). A block of private steps is charged *before* its first step; if the process dies, the charge stands.
 
@@ -29,7 +34,7 @@ from typing import Any
 
 from fedsynth.dp.accounting import Accountant, Mechanism, epsilon
 from fedsynth.errors import JobFailed, Refused, UsageError
-from fedsynth.plan import Module
+from fedsynth.plan import Activity, Population
 
 _GENESIS = "0" * 64
 _SCHEMA = """
@@ -50,10 +55,10 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 
 @dataclass(frozen=True)
 class Task:
-    """A block of private steps: one round of one module of one study (`study` is the plan's digest)."""
+    """A block of private steps: one round of one module of one study (`study` is the plan's digest), or an evaluation."""
 
     study: str
-    module: Module
+    module: Activity
     round: int
 
 
@@ -111,6 +116,8 @@ class Ledger:
         study_limit: Limit,
         lifetime_limit: Limit,
         accountant: Accountant = "rdp",
+        population: Population = "train",
+        split: str = "",
     ) -> Standing:
         """Charge `task` before its first step, durably, or say that it was charged before.
 
@@ -119,9 +126,11 @@ class Ledger:
             mechanism: all steps of the block.
             max_grad_norm: clipping norm, for the record.
             private: whether the noise is unpredictable; false marks the study as not private.
-            study_limit: budget of this study.
-            lifetime_limit: budget of the cohort over all studies.
+            study_limit: budget of `population` in this study.
+            lifetime_limit: budget of `population` over all studies.
             accountant: how mechanisms are composed.
+            population: whose data the block uses.
+            split: which patients are of which population (`fedsynth_client.cohort.split_digest`); empty when not known.
 
         Returns:
             Whether the task may run (`NEW`, `INTERRUPTED`), its stored reply must be sent (`RELEASED`), or neither
@@ -129,7 +138,7 @@ class Ledger:
 
         Raises:
             Refused: ``budget_exceeded``: the block would cross a limit; nothing is charged. ``charge_differs``: the task
-                was charged before as another mechanism.
+                was charged before as another mechanism, or of other people.
         """
         terms = {
             **_task_body(task),
@@ -138,6 +147,8 @@ class Ledger:
             "steps": mechanism.steps,
             "max_grad_norm": max_grad_norm,
             "private": private,
+            "population": population,
+            "split": split,
         }
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -145,19 +156,21 @@ class Ledger:
             _check_chain(entries)
             earlier = [e for e in entries if e.kind == "charge" and _is_task(e, task)]
             if earlier:
-                if earlier[0].body != terms:
+                if not _same_terms(earlier[0].body, terms):
                     raise Refused(
                         "charge_differs",
-                        f"{task.module} round {task.round} was charged before with other parameters; it cannot run again.",
+                        f"{task.module} round {task.round} was charged before with other parameters, or of a cohort that "
+                        "was split otherwise; it cannot run again.",
                     )
                 for standing in (Standing.RELEASED, Standing.WITHHELD):
                     if any(e.kind == standing.value and _is_task(e, task) for e in entries):
                         return standing
                 self._append(connection, "resumed", _task_body(task))
                 return Standing.INTERRUPTED
+            people = "training" if population == "train" else "held-out"
             for limit, history, whose in (
-                (study_limit, _history(entries, task.study), "the study"),
-                (lifetime_limit, _history(entries, None), "this cohort"),
+                (study_limit, _history(entries, task.study, population, split), f"the study for {people} patients"),
+                (lifetime_limit, _history(entries, None, population, split), f"this cohort's {people} patients"),
             ):
                 spent = epsilon(history, limit.delta, accountant)
                 after = epsilon([*history, mechanism], limit.delta, accountant)
@@ -166,7 +179,8 @@ class Ledger:
                         "budget_exceeded",
                         f"{task.module} round {task.round} would raise the epsilon of {whose} from {spent:.4f} to "
                         f"{after:.4f}, above its budget of {limit.epsilon:g} (delta {limit.delta:g}).",
-                        "Nothing was charged. A larger budget needs a new plan and the site's approval.",
+                        "Nothing was charged. A larger budget needs a new plan and the site's approval."
+                        + _moved(entries, population, split),
                     )
             self._append(connection, "charge", terms)
             return Standing.NEW
@@ -199,7 +213,7 @@ class Ledger:
         found = [e for e in self.entries() if e.kind == "released" and _is_task(e, task)]
         return found[0].body["sha256"] if found else None
 
-    def last_released_round(self, study: str, module: Module) -> int:
+    def last_released_round(self, study: str, module: Activity) -> int:
         """The highest released round of `module` in `study`; 0 when there is none."""
         rounds = [
             e.body["round"]
@@ -219,13 +233,52 @@ class Ledger:
         _check_chain(entries)
         return entries
 
-    def history(self, study: str | None = None, module: Module | None = None) -> list[Mechanism]:
-        """Charged mechanisms of one study or module, or of all; equal ones merged."""
-        return _history(self.entries(), study, module)
+    def history(
+        self,
+        study: str | None = None,
+        module: Activity | None = None,
+        *,
+        population: Population = "train",
+        split: str | None = None,
+    ) -> list[Mechanism]:
+        """Charged mechanisms that count; equal ones merged.
 
-    def epsilon(self, delta: float, accountant: Accountant = "rdp", study: str | None = None) -> float:
-        """Epsilon spent at `delta`, by one study or over the cohort's life."""
-        return epsilon(self.history(study), delta, accountant)
+        Args:
+            study: of this study alone.
+            module: of this module or evaluation alone, whomever it was charged to.
+            population: that count against these patients.
+            split: how the cohort is split now; by default as at the last charge (of `study`).
+        """
+        entries = self.entries()
+        return _history(entries, study, population, _newest_split(entries, study) if split is None else split, module)
+
+    def epsilon(
+        self,
+        delta: float,
+        accountant: Accountant = "rdp",
+        study: str | None = None,
+        *,
+        population: Population = "train",
+        split: str | None = None,
+    ) -> float:
+        """Epsilon of a patient of `population` at `delta`, by one study or over all of them; `split` as in `history`."""
+        return epsilon(self.history(study, population=population, split=split), delta, accountant)
+
+    def check_not_moved(self, study: str, split: str) -> None:
+        """Refuse to evaluate a study on a cohort that was split anew since it was trained on: held-out patients may be
+        among those who trained the generator.
+
+        Raises:
+            Refused: ``split_changed``.
+        """
+        charges = [e.body for e in self.entries() if e.kind == "charge" and e.body["study"] == study]
+        if any(_population(body) == "train" and _split(body) != split for body in charges):
+            raise Refused(
+                "split_changed",
+                "The cohort was prepared anew since this study trained on it, so patients who are held out now may have "
+                "been training patients then.",
+                "The study goes on without this site's evaluation.",
+            )
 
     def is_private(self, study: str | None = None) -> bool:
         """Whether every charge (of one study, or at all) was made with unpredictable noise."""
@@ -315,11 +368,53 @@ def _digest(sequence: int, recorded_at: str, kind: str, text: str, previous: str
     return hashlib.sha256(json.dumps([sequence, recorded_at, kind, text, previous]).encode()).hexdigest()
 
 
-def _history(entries: list[Entry], study: str | None, module: Module | None = None) -> list[Mechanism]:
+def _population(body: dict[str, Any]) -> Population:
+    return "holdout" if body.get("population") == "holdout" else "train"
+
+
+def _split(body: dict[str, Any]) -> str:
+    return str(body.get("split", ""))
+
+
+def _newest_split(entries: list[Entry], study: str | None) -> str:
+    charges = (e.body for e in reversed(entries) if e.kind == "charge" and study in (None, e.body["study"]))
+    return next((_split(body) for body in charges), "")
+
+
+def _counts(body: dict[str, Any], population: Population, split: str) -> bool:
+    """Whether a charge counts against `population` of a cohort that is split so.
+
+    It does when it is of that population, under whatever split. One of the other population does not when nobody was moved
+    since; under another split, or one that is not known, a patient may have been of the other population then.
+    """
+    return _population(body) == population or not split or _split(body) != split
+
+
+def _moved(entries: list[Entry], population: Population, split: str) -> str:
+    """What to say where charges of the other population count."""
+    if not any(
+        e.kind == "charge" and _population(e.body) != population and _counts(e.body, population, split) for e in entries
+    ):
+        return ""
+    return (
+        " Counted are also charges of the other patients (training or held-out), made before the cohort was prepared anew: "
+        "who was where then is not known."
+    )
+
+
+def _same_terms(charged: dict[str, Any], terms: dict[str, Any]) -> bool:
+    """Whether a task goes on as it was charged; an older version did not write who was charged under which split."""
+    known = {"population": "train", **charged}
+    return {**known, "split": terms["split"]} == terms and _split(charged) in ("", terms["split"])
+
+
+def _history(
+    entries: list[Entry], study: str | None, population: Population, split: str, module: Activity | None = None
+) -> list[Mechanism]:
     steps: Counter[tuple[float, float]] = Counter()
     for entry in entries:
         if entry.kind != "charge" or (study is not None and entry.body["study"] != study):
             continue
-        if module is None or entry.body["module"] == module:
+        if entry.body["module"] == module or (module is None and _counts(entry.body, population, split)):
             steps[entry.body["sample_rate"], entry.body["noise_multiplier"]] += entry.body["steps"]
     return [Mechanism(rate, sigma, count) for (rate, sigma), count in steps.items()]

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from fedsynth.errors import Refused, UsageError
 from fedsynth.files import write_atomic
-from fedsynth.plan import MODULES, Module, Name, Section, StudyPlan
+from fedsynth.plan import ACTIVITIES, Activity, Name, Section, StudyPlan
 from fedsynth.toml import load_toml
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -26,11 +26,12 @@ class SitePolicy(Section):
     Attributes:
         site: the name under which plans know this site.
         approved_plans: digests of the plans that may run.
-        max_epsilon: largest epsilon over the life of the cohort, all studies composed, at `max_delta`.
+        max_epsilon: largest epsilon of a training patient over the life of the cohort, all studies composed, at `max_delta`.
+        max_holdout_epsilon: the same of a held-out patient, on whom generators are evaluated and never trained.
         max_delta: largest delta of a plan.
         min_patients: smallest number of training patients with which a module may train.
         declared_patients: the cohort size that the hospital makes public (rounded); plans must use this figure.
-        modules: modules that may use the cohort, and whose noisy results may leave.
+        modules: modules that may use the cohort, and whose noisy results may leave; ``"evaluation"`` uses held-out patients.
         allow_reproducible_noise: whether a seeded run, which is not private, may touch this cohort.
         countersign_releases: whether staff may sign, with this site's key, that a release may be made.
     """
@@ -39,10 +40,11 @@ class SitePolicy(Section):
     site: Name
     approved_plans: list[Digest] = Field(default=[])
     max_epsilon: Annotated[float, Field(ge=0)] = 0.0
+    max_holdout_epsilon: Annotated[float, Field(ge=0)] = 0.0
     max_delta: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_patients: Annotated[int, Field(ge=1)] = 100
     declared_patients: Annotated[int, Field(ge=1)] | None = None
-    modules: list[Module] = Field(default=[])
+    modules: list[Activity] = Field(default=[])
     allow_reproducible_noise: bool = False
     countersign_releases: bool = False
 
@@ -117,19 +119,35 @@ def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
         )
 
 
-def check_module(policy: SitePolicy, module: Module) -> None:
-    """Refuse a module that may not use the cohort, and whose stored results may not be sent either.
+def check_module(policy: SitePolicy, module: Activity) -> None:
+    """Refuse a module or evaluation that may not use the cohort, and whose stored results may not be sent either.
 
     Raises:
         Refused: ``module_not_allowed``.
     """
     if module not in policy.modules:
         raise Refused(
-            "module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {MODULES}."
+            "module_not_allowed", f"The policy does not list {module!r} among its modules.", f"Known: {ACTIVITIES}."
         )
 
 
-def check_patients(policy: SitePolicy, module: Module, patients: int) -> None:
+def check_evaluation(policy: SitePolicy, plan: StudyPlan) -> None:
+    """Refuse an evaluation that would cost held-out patients more than the policy allows; the rest of the plan may run.
+
+    Raises:
+        Refused: ``holdout_epsilon_above_policy``.
+    """
+    asked = 0.0 if plan.site_evaluation is None else plan.site_evaluation.epsilon
+    if asked > policy.max_holdout_epsilon:
+        raise Refused(
+            "holdout_epsilon_above_policy",
+            f"The plan's evaluation asks for epsilon {asked:g} of held-out patients; the policy allows "
+            f"{policy.max_holdout_epsilon:g}.",
+            "Allow it with max_holdout_epsilon, or let the study go on without this site's evaluation.",
+        )
+
+
+def check_patients(policy: SitePolicy, module: Activity, patients: int) -> None:
     """Refuse to train `module` on `patients` training patients.
 
     Raises:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from fedsynth.budget import mechanism
+from fedsynth.budget import evaluation_mechanism, mechanism
 from fedsynth.deployment.checks import Doubt, Line, check
 from fedsynth.deployment.machine import disk
-from fedsynth.dp.accounting import PRV_LEAST_DELTA, epsilon
-from fedsynth.errors import Refused
+from fedsynth.dp.accounting import PRV_LEAST_DELTA, Accountant, epsilon
+from fedsynth.errors import FedsynthError, Refused
 from fedsynth.plan import StudyPlan
-from fedsynth_client.account import account
-from fedsynth_client.cohort import load_cohort
+from fedsynth_client.account import account, current_split
+from fedsynth_client.cohort import load_cohort, read_entries
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
-from fedsynth_client.policy import check_module, check_patients, check_plan
+from fedsynth_client.policy import SitePolicy, check_evaluation, check_module, check_patients, check_plan
 from fedsynth_client.site import Site
 
 _FREE_BYTES = 2 * 2**30
@@ -33,6 +33,8 @@ def preflight(site: Site, plan: StudyPlan | None) -> list[Line]:
             lambda: _cohort(site, plan),
             lambda: _budget(site, plan),
         ]
+        if plan.site_evaluation is not None:
+            checks.append(lambda: _evaluation(site, plan))
     return [check(each) for each in checks]
 
 
@@ -100,10 +102,9 @@ def _budget(site: Site, plan: StudyPlan) -> str:
         for number in range(1, plan.training(module).rounds + 1)
         if (module, number) not in already
     ]
-    # A policy whose delta is too small for PRV refuses every plan that asks for it; RDP still tells what was spent.
-    by = "rdp" if policy.max_delta < PRV_LEAST_DELTA else plan.privacy.accountant
-    spent = ledger.epsilon(policy.max_delta, by)
-    after = epsilon([*ledger.history(), *ahead], policy.max_delta, by)
+    by, split = _accountant(policy, plan), current_split(site)
+    spent = ledger.epsilon(policy.max_delta, by, split=split)
+    after = epsilon([*ledger.history(split=split), *ahead], policy.max_delta, by)
     if after > policy.max_epsilon + 1e-9:
         raise Refused(
             "budget_exceeded",
@@ -112,6 +113,46 @@ def _budget(site: Site, plan: StudyPlan) -> str:
             "A smaller plan, or a larger max_epsilon in the policy.",
         )
     return f"budget: lifetime epsilon {spent:.3f} now, {after:.3f} after the study, {policy.max_epsilon:g} allowed"
+
+
+def _evaluation(site: Site, plan: StudyPlan) -> str:
+    """Whether the site would evaluate the study's generator; one that does not takes part in all the rest."""
+    try:
+        return _evaluation_budget(site, plan)
+    except FedsynthError as error:
+        raise Doubt(
+            error.code,
+            f"site evaluation: not here. {error.message}",
+            error.hint or "The study goes on without this site's evaluation.",
+        ) from None
+
+
+def _evaluation_budget(site: Site, plan: StudyPlan) -> str:
+    policy, ledger = site.policy(), site.ledger()
+    check_module(policy, "evaluation")
+    check_evaluation(policy, plan)
+    held_out = sum(entry.split == "holdout" for entry in read_entries(site.cohort_path))
+    by, split = _accountant(policy, plan), current_split(site)
+    ledger.check_not_moved(plan.digest, split or "")
+    history = ledger.history(population="holdout", split=split)
+    done = any(_is_charge(e.kind, e.body, plan) and e.body["module"] == "evaluation" for e in ledger.entries())
+    spent = epsilon(history, policy.max_delta, by)
+    after = epsilon(history if done else [*history, evaluation_mechanism(plan)], policy.max_delta, by)
+    if after > policy.max_holdout_epsilon + 1e-9:
+        raise Refused(
+            "budget_exceeded",
+            f"It would raise the epsilon of held-out patients from {spent:.3f} to {after:.3f}, above "
+            f"{policy.max_holdout_epsilon:g}.",
+        )
+    return (
+        f"site evaluation: {held_out} held-out patients, their lifetime epsilon {spent:.3f} now, {after:.3f} after the "
+        f"study, {policy.max_holdout_epsilon:g} allowed"
+    )
+
+
+def _accountant(policy: SitePolicy, plan: StudyPlan) -> Accountant:
+    # A policy whose delta is too small for PRV refuses every plan that asks for it; RDP still tells what was spent.
+    return "rdp" if policy.max_delta < PRV_LEAST_DELTA else plan.privacy.accountant
 
 
 def _is_charge(kind: str, body: dict[str, object], plan: StudyPlan) -> bool:

@@ -11,17 +11,19 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedsynth.budget import mechanism
+from fedsynth.budget import charge
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedsynth.engines import embedding, moments
 from fedsynth.errors import JobFailed, Refused
+from fedsynth.evaluation.site_scores import evaluators, evaluators_template
 from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Module, StatisticPlan, StudyPlan
+from fedsynth.plan import Activity, Module, Population, SiteEvaluationPlan, StatisticPlan, StudyPlan
 from fedsynth.profiles import profile_model, profile_template
 from fedsynth.records import (
+    EVALUATORS,
     PUBLIC,
     WEIGHTS,
     State,
@@ -35,25 +37,26 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
-from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.cohort import Cohort, load_cohort, split_digest
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
-from fedsynth_client.policy import SitePolicy, check_module, check_patients, check_plan
+from fedsynth_client.policy import SitePolicy, check_evaluation, check_module, check_patients, check_plan
 from fedsynth_client.site import Site
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
 from fedsynth_client.training.block import BlockResult, public_generator
+from fedsynth_client.training.evaluation import evaluate_holdout
 from fedsynth_client.training.profiles import train_autoencoder, train_radiogenomics
 from fedsynth_client.training.statistic import release_statistic
 
 _POOL = 1024  # synthetic conditions drawn for one block of the generator
 
 
-def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> RecordDict:
+def answer(site: Site, module: Activity, content: RecordDict, recipient: str) -> RecordDict:
     """Do what a message asks, if the policy and the ledger allow it, and return the reply's content.
 
     Args:
         site: the site.
-        module: the module that the message type names.
+        module: the module that the message type names, or the evaluation.
         content: the message's content (`fedsynth.records`).
         recipient: to whom the reply goes, for the log of what was sent.
 
@@ -64,9 +67,11 @@ def answer(site: Site, module: Module, content: RecordDict, recipient: str) -> R
     task, head = _task(content, module, policy.site)
     plan = site.plan(task.study)
     check_plan(policy, plan)
-    if module not in plan.modules or not 1 <= task.round <= plan.training(module).rounds:
+    if not 1 <= task.round <= plan.rounds(module):
         raise Refused("round_not_in_plan", f"The plan has no round {task.round} of {module}.")
     check_module(policy, module)
+    if module == "evaluation":
+        check_evaluation(policy, plan)
     check_task(content, ("task", *task_weights(plan, module)))
     with site.alone():
         ledger, outbox = site.ledger(), Outbox(site.folder)
@@ -84,8 +89,11 @@ def _run(
         raise Refused("round_passed", f"This site already released round {last} of {task.module}.")
     # Everything that can be wrong with the message or the cohort is found before anything is spent.
     site.check_cohort(plan)
-    cohort = _training_patients(site, plan, task.module)
-    check_patients(policy, task.module, len(cohort))
+    cohort, split = _patients(site, plan, task.module)
+    if task.module == "evaluation":
+        ledger.check_not_moved(task.study, split)
+    else:
+        check_patients(policy, task.module, len(cohort))
     check_ledger_is_whole(ledger, outbox)
     incoming = _incoming(plan, task, content)
     local = outbox.local_state(Task(task.study, task.module, last)) if task.module == "gan" else {}
@@ -94,16 +102,19 @@ def _run(
             site.log.warning("gan round %d: the discriminator of round %d is gone; starting anew", task.round, last)
         local = _discriminator_start(plan, content)
 
-    block = mechanism(plan, policy.site, task.module)
+    cost = charge(plan, policy.site, task.module)
+    block = cost.mechanism
     randomness = _randomness(plan, task)
     standing = ledger.charge(
         task,
         block,
-        max_grad_norm=plan.training(task.module).max_grad_norm,
+        max_grad_norm=cost.max_grad_norm,
         private=randomness.private,
-        study_limit=Limit(plan.privacy.epsilon, plan.privacy.delta),
-        lifetime_limit=Limit(policy.max_epsilon, policy.max_delta),
+        study_limit=Limit(cost.study_epsilon, plan.privacy.delta),
+        lifetime_limit=Limit(_allowed(policy, cost.population), policy.max_delta),
         accountant=plan.privacy.accountant,
+        population=cost.population,
+        split=split,
     )
     if standing is Standing.WITHHELD:
         raise JobFailed(
@@ -124,15 +135,22 @@ def _run(
     outbox.prune(task)
 
 
+def _allowed(policy: SitePolicy, population: Population) -> float:
+    """Largest epsilon of a patient of `population` over the life of the cohort."""
+    return policy.max_holdout_epsilon if population == "holdout" else policy.max_epsilon
+
+
 def _train(
     plan: StudyPlan,
-    module: Module,
+    module: Activity,
     incoming: dict[str, State],
     local: State,
     cohort: Cohort,
     block: Mechanism,
     randomness: Randomness,
 ) -> BlockResult:
+    if module == "evaluation":
+        return evaluate_holdout(evaluators(plan, incoming), cohort, block, SiteEvaluationPlan.max_grad_norm, randomness)
     genes = torch.from_numpy(cohort.genes)
     morphology, labels = torch.from_numpy(cohort.morphology), torch.from_numpy(cohort.labels)
     if module == "moments" or module == "embedding":
@@ -163,19 +181,27 @@ def image_slices(cohort: Cohort) -> torch.Tensor:
     return torch.cat([images, mask], dim=1)
 
 
-def _training_patients(site: Site, plan: StudyPlan, module: Module) -> Cohort:
-    """Patients of the training split that have what `module` needs."""
-    cohort = _cohort(site.cohort_path, site.cohort_version(), tuple(plan.morphology.features))
-    return cohort.rows(cohort.usable_for(module))
+def _patients(site: Site, plan: StudyPlan, activity: Activity) -> tuple[Cohort, str]:
+    """Whose data `activity` uses, and the digest of the split that made them training or held-out patients.
+
+    All held-out patients take part in an evaluation; of training patients those who have what a module needs.
+    """
+    features = tuple(plan.morphology.features)
+    if activity == "evaluation":  # once a study: not worth keeping in memory
+        whole = load_cohort(site.cohort_path, list(features))
+        return whole.split("holdout"), split_digest(whole.entries)
+    cohort, split = _training_split(site.cohort_path, site.cohort_version(), features)
+    return cohort.rows(cohort.usable_for(activity)), split
 
 
 @lru_cache(maxsize=4)
-def _cohort(folder: Path, version: int, features: tuple[str, ...]) -> Cohort:
+def _training_split(folder: Path, version: int, features: tuple[str, ...]) -> tuple[Cohort, str]:
     """The training split in memory: a node serves many rounds from one reading (`version` changes with the files)."""
-    return load_cohort(folder, list(features)).split("train")
+    whole = load_cohort(folder, list(features))
+    return whole.split("train"), split_digest(whole.entries)
 
 
-def _task(content: RecordDict, module: Module, site: str) -> tuple[Task, str]:
+def _task(content: RecordDict, module: Activity, site: str) -> tuple[Task, str]:
     """The task, and the head of this site's ledger that the coordinator has a receipt of."""
     record = content.config_records.get("task")
     if record is None or set(record) != {"study", "module", "round", "site", "head"}:
@@ -213,13 +239,30 @@ def _check_not_set_back(ledger: Ledger, head: str) -> None:
 def _incoming(plan: StudyPlan, task: Task, content: RecordDict) -> dict[str, State]:
     """The weights that a task of the module carries, the discriminator's start excepted."""
     module = task.module
-    if module in PUBLIC:
+    if module == "moments" or module == "embedding":
         return {PUBLIC[module]: _public(plan, module, content)}
     expected = _expected(plan, module)
-    return {name: from_record(content, name, state) for name, state in expected.items()}
+    incoming = {name: from_record(content, name, state) for name, state in expected.items()}
+    if module == "evaluation":
+        _check_evaluators(plan, incoming)
+    return incoming
 
 
-def _expected(plan: StudyPlan, module: Module) -> dict[str, State]:
+def _check_evaluators(plan: StudyPlan, incoming: dict[str, State]) -> None:
+    """Weights from which no model can be built are to fail here, not under a charge.
+
+    Raises:
+        JobFailed: ``evaluators_unusable``.
+    """
+    try:
+        evaluators(plan, incoming)
+    except RuntimeError:  # e.g. of a singular matrix
+        raise JobFailed("evaluators_unusable", "No model can be built from the weights that were sent.") from None
+
+
+def _expected(plan: StudyPlan, module: Activity) -> dict[str, State]:
+    if module == "evaluation":
+        return {EVALUATORS: evaluators_template(plan), **profile_template(plan)}
     if module == "gan":
         return {WEIGHTS["gan"]: make_generator(plan).state_dict(), **profile_template(plan)}
     model = make_autoencoder(plan) if module == "autoencoder" else make_radiogenomic_dnn(plan)
@@ -263,11 +306,12 @@ def _reply(
         raise JobFailed("reply_lost", "The task has no stored reply.")
     weights, progress = outbox.reply(task, digest)
     delta, accountant = plan.privacy.delta, plan.privacy.accountant
+    population = charge(plan, policy.site, task.module).population
     receipt = ConfigRecord(
         {
             "head": ledger.head,
-            "epsilon": ledger.epsilon(delta, accountant, task.study),
-            "epsilon_lifetime": ledger.epsilon(policy.max_delta, accountant),
+            "epsilon": ledger.epsilon(delta, accountant, task.study, population=population),
+            "epsilon_lifetime": ledger.epsilon(policy.max_delta, accountant, population=population),
             "steps": sum(m.steps for m in ledger.history(task.study, task.module)),
             "private": ledger.is_private(task.study),
         }

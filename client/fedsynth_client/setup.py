@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.budget import evaluation_mechanism, noise_multipliers, planned_epsilon
 from fedsynth.deployment.certificates import load_ca
 from fedsynth.deployment.keys import make_node_key, make_runtime_tls, make_secret
 from fedsynth.errors import UsageError
@@ -34,11 +34,15 @@ approved_plans = []
 max_epsilon = 0.0
 max_delta = 0.0
 
+# The same for held-out patients, on whom nothing is trained: what noisy scores of finished generators may cost them.
+max_holdout_epsilon = 0.0
+
 # Fewest training patients with which a module may train.
 min_patients = 100
 
 # Modules that may use this cohort, and whose noisy results may leave: "moments" and "embedding" (a noisy sum, released
-# once), "autoencoder", "radiogenomics" and "gan" (weights, trained in noisy steps).
+# once), "autoencoder", "radiogenomics" and "gan" (weights, trained in noisy steps); "evaluation" (a noisy sum of scores of
+# held-out patients).
 modules = []
 
 # A seeded run is reproducible and therefore not private.
@@ -129,6 +133,12 @@ def plan_summary(plan: StudyPlan, site: str) -> str:
             f"  {module}: {'released once' if training.steps == 1 else f'{training.steps} steps'}, "
             f"sample rate {plan.sample_rate(module, site):.3f}, clip {training.max_grad_norm:g}, "
             f"noise multiplier {sigma[module]:g}"
+        )
+    if plan.site_evaluation is not None:
+        lines.append(
+            f"  evaluation on held-out patients: released once, epsilon {plan.site_evaluation.epsilon:g} of theirs, clip "
+            f"{plan.site_evaluation.max_grad_norm:g}, noise multiplier {evaluation_mechanism(plan).noise_multiplier:g}; "
+            "without it the study goes on"
         )
     if plan.privacy.accountant == "prv":
         lines.append(

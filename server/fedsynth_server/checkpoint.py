@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,17 +36,32 @@ class Receipt:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """The one round in which sites evaluated the generator on held-out patients.
+
+    Attributes:
+        receipts: of what held-out patients spent, by site.
+        missing: code of why a site took no part, by site.
+    """
+
+    receipts: dict[str, Receipt]
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
 class StudyState:
     """Everything that a resumed coordinator needs.
 
     Attributes:
         study: the plan's digest.
         weights: state dicts by name: the modules' weights or noisy sums, what the server made of them (profiles,
-            generator_ema), and the public weights that are sent along.
+            generator_ema), and the public weights that are sent along; of an evaluation, the ``evaluators`` and, under
+            ``evaluation``, the noisy sum of each site by its name.
         rounds: completed rounds by module.
         curves: one row a site and round, by module.
         receipts: by site, then module.
         fits: what the server's fit to a statistic reports, by module; a statistic without an entry is not fitted yet.
+        evaluated: the sites' evaluation; None until it is done, or where the plan has none.
     """
 
     study: str
@@ -55,6 +70,18 @@ class StudyState:
     curves: dict[Module, list[CurveRow]] = field(default_factory=lambda: {module: [] for module in MODULES})
     receipts: dict[str, dict[Module, Receipt]] = field(default_factory=dict)
     fits: dict[Module, dict[str, float]] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
+
+    def finished(self, plan: StudyPlan) -> bool:
+        """Whether nothing of `plan` is left to do. A release needs no evaluation: `missing_rounds` does not count it."""
+        return not self.missing_rounds(plan) and (plan.site_evaluation is None or self.evaluated is not None)
+
+    def newest_receipt(self, site: str) -> Receipt | None:
+        """The receipt of `site` that it gave last, of whatever: its head covers all that the ledger held then."""
+        own = [*self.receipts.get(site, {}).values()]
+        if self.evaluated is not None and site in self.evaluated.receipts:
+            own.append(self.evaluated.receipts[site])
+        return max(own, key=lambda receipt: receipt.order, default=None)
 
     def missing_rounds(self, plan: StudyPlan) -> dict[Module, int]:
         """Rounds of `plan` that are still to be run, by module; a statistic counts until it is fitted."""
@@ -89,6 +116,7 @@ def save_state(state: StudyState, folder: Path) -> None:
         "curves": state.curves,
         "fits": state.fits,
         "receipts": {s: {m: vars(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
+        "evaluated": None if state.evaluated is None else asdict(state.evaluated),
     }
     content = save(tensors, {"state": json.dumps(rest, sort_keys=True)})
     try:
@@ -134,7 +162,11 @@ def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:
             "Use another folder for another plan.",
         )
     receipts = {s: {m: Receipt(**r) for m, r in by_module.items()} for s, by_module in rest["receipts"].items()}
-    return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts, rest["fits"])
+    evaluated = None
+    if rest.get("evaluated") is not None:  # a checkpoint of an earlier version has no such entry
+        held_out = {site: Receipt(**receipt) for site, receipt in rest["evaluated"]["receipts"].items()}
+        evaluated = Evaluated(held_out, rest["evaluated"]["missing"])
+    return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts, rest["fits"], evaluated)
 
 
 def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudyState:

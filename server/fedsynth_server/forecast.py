@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsynth.budget import noise_multipliers, planned_epsilon
+from fedsynth.budget import evaluation_mechanism, noise_multipliers, planned_epsilon
 from fedsynth.dp.accounting import Demand, allocation_report
 from fedsynth.engines import embedding, moments
+from fedsynth.evaluation.site_scores import expected_width
 from fedsynth.models.trainable import trainable_parameters
 from fedsynth.plan import Module, StatisticPlan, StudyPlan
 from fedsynth.records import State
@@ -28,6 +29,10 @@ from fedsynth_server.statistics_forecast import RULE_OF_THUMB, StatisticForecast
 
 HARD, HOPELESS = 1.0, 3.0
 STATISTIC_HARD, STATISTIC_HOPELESS = RULE_OF_THUMB, 1.5
+
+# Held-out patients a declared training patient, at the usual split of four to one. Their number is not declared.
+HOLDOUT_SHARE = 0.25
+_TELLS_LITTLE = 0.5  # width of an interval of scores between 0 and 1
 
 Reading = Literal["learns", "partly", "drowns"]
 
@@ -74,12 +79,33 @@ class SiteBudget:
 
 
 @dataclass(frozen=True)
+class SiteEvaluationForecast:
+    """What the sites' evaluation costs held-out patients, and what its noise leaves to know.
+
+    Attributes:
+        epsilon: of a held-out patient; training patients pay nothing for it.
+        noise_multiplier: of the one noisy sum, at every site.
+        width: by site, width of the 95 % interval that the noise leaves of a score of three quarters (1: nothing is known),
+            with `HOLDOUT_SHARE` held-out patients a declared training patient.
+        pooled_width: the same over all sites.
+        sentence: the same in words.
+    """
+
+    epsilon: float
+    noise_multiplier: float
+    width: dict[str, float]
+    pooled_width: float
+    sentence: str
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """All modules at all sites, what the statistics can tell, and the budget of each site."""
+    """All modules at all sites, what the statistics can tell, the budget of each site, and the sites' evaluation, if any."""
 
     modules: list[ModuleForecast]
     statistics: list[StatisticForecast]
     budgets: list[SiteBudget]
+    site_evaluation: SiteEvaluationForecast | None = None
 
     @property
     def epsilon(self) -> dict[str, float]:
@@ -106,7 +132,8 @@ def forecast(plan: StudyPlan, public: Mapping[str, State] | None = None) -> Fore
     }
     ratio = {module: found.noise_to_signal for module, found in statistics.items()}
     modules = [_module(plan, site.name, module, ratio.get(module)) for site in plan.sites for module in plan.modules]
-    return Forecast(modules, list(statistics.values()), [_budget(plan, site.name) for site in plan.sites])
+    budgets = [_budget(plan, site.name) for site in plan.sites]
+    return Forecast(modules, list(statistics.values()), budgets, _site_evaluation(plan))
 
 
 def noise_to_signal(plan: StudyPlan, site: str, module: Module, public: Mapping[str, State] | None = None) -> float:
@@ -157,6 +184,25 @@ def _module(plan: StudyPlan, site: str, module: Module, ratio: float | None) -> 
         noise_to_signal=found,
         reading=read(plan, module, found),
     )
+
+
+def _site_evaluation(plan: StudyPlan) -> SiteEvaluationForecast | None:
+    if plan.site_evaluation is None:
+        return None
+    asked, sigma = plan.site_evaluation.epsilon, evaluation_mechanism(plan).noise_multiplier
+    held_out = {site.name: HOLDOUT_SHARE * site.nominal_patients for site in plan.sites}
+    width = {site: expected_width(patients, sigma) for site, patients in held_out.items()}
+    pooled = expected_width(sum(held_out.values()), sigma * math.sqrt(len(held_out)))
+    sentence = (
+        f"site evaluation: epsilon {asked:g} of held-out patients, who are other people than training patients. With one of "
+        f"them for every {1 / HOLDOUT_SHARE:.0f} declared training patients, the noise leaves a score between 0 and 1 open "
+        f"to an interval {pooled:.2f} wide over all sites, and at a site "
+        + ", ".join(f"{site} {each:.2f}" for site, each in width.items())
+        + "."
+    )
+    if pooled > _TELLS_LITTLE:
+        sentence += " That tells next to nothing: leave the evaluation out, or let it cost more."
+    return SiteEvaluationForecast(asked, sigma, width, pooled, sentence)
 
 
 def _budget(plan: StudyPlan, site: str) -> SiteBudget:

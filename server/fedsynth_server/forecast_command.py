@@ -116,6 +116,8 @@ def _print(plan: StudyPlan, found: Forecast, engines: list[EngineAdvice], consol
         console.print(text, soft_wrap=True)
     for statistic in found.statistics:
         console.print(statistic.sentence, soft_wrap=True)
+    if found.site_evaluation is not None:
+        console.print(found.site_evaluation.sentence, soft_wrap=True)
     for advice in engines:
         verdict = "the plan follows it" if advice.follows else f"the plan has {advice.planned}"
         console.print(

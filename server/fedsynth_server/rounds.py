@@ -18,13 +18,14 @@ from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from fedsynth.budget import noise_multipliers
+from fedsynth.budget import evaluation_mechanism, noise_multipliers
 from fedsynth.errors import FedsynthError, JobFailed
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, Module, StudyPlan
 from fedsynth.progress import say
 from fedsynth.records import (
+    EVALUATORS,
     MESSAGE_TYPES,
     PUBLIC,
     WEIGHTS,
@@ -37,9 +38,10 @@ from fedsynth.records import (
     to_record,
 )
 from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, summed
-from fedsynth_server.checkpoint import CurveRow, Receipt, StudyState, first_state, load_state, save_state
+from fedsynth_server.checkpoint import CurveRow, Evaluated, Receipt, StudyState, first_state, load_state, save_state
 from fedsynth_server.fitting.fit import fit_statistic, statistic_template
-from fedsynth_server.statement import check_receipts
+from fedsynth_server.site_evaluation import TOTAL, evaluation_template, make_evaluators, save_site_evaluation
+from fedsynth_server.statement import check_holdout_receipt, check_receipts
 from fedsynth_server.status import StatusFile
 
 _POLL_SECONDS = 0.5
@@ -90,7 +92,7 @@ class SiteReply:
 class _Round:
     """What a round has gathered so far."""
 
-    module: Module
+    module: Activity
     number: int
     content: dict[str, RecordDict]
     expected: State
@@ -149,6 +151,48 @@ def _run(
             status.phase("running", f"Fitting to the statistic of {module}.")
             state = fit_statistic(plan, state, module)
             save_state(state, folder)
+    if plan.site_evaluation is not None:
+        if state.evaluated is None:
+            state = _evaluate(grid, plan, state, folder, sites, patience, status)
+        save_site_evaluation(plan, state, folder)
+    return state
+
+
+def _evaluate(
+    grid: Grid,
+    plan: StudyPlan,
+    state: StudyState,
+    folder: Path,
+    sites: _Sites,
+    patience: Patience,
+    status: StatusFile,
+) -> StudyState:
+    """Let those sites that trained evaluate the finished generator on held-out patients.
+
+    One attempt: the study is complete without, so a site that is absent, refuses or is broken costs its scores and nothing
+    else. The evaluators are in the checkpoint before they are sent, so that after a restart all sites get the same.
+    """
+    started = time.monotonic()
+    status.round("evaluation", 1, 1)
+    if EVALUATORS not in state.weights:
+        status.phase("running", "Training evaluators on synthetic patients.")
+        state = state.with_weights(**{EVALUATORS: make_evaluators(plan, state)})
+        save_state(state, folder)
+    status.phase("running", "The sites evaluate the generator on held-out patients.")
+    content = {site: _task_content(plan, state, "evaluation", 1, site) for site in sorted(state.receipts)}
+    current = _Round("evaluation", 1, content, evaluation_template())
+    _attempt(grid, plan, state, current, sites, patience, status)
+    missing = {site.name: current.missing.get(site.name, "took_no_part") for site in plan.sites}
+    evaluated = Evaluated(
+        {site: reply.receipt for site, reply in sorted(current.accepted.items())},
+        {site: code for site, code in sorted(missing.items()) if site not in current.accepted},
+    )
+    sums = {site: reply.weights[TOTAL] for site, reply in current.accepted.items()}
+    state = replace(state.with_weights(**{WEIGHTS["evaluation"]: sums}), evaluated=evaluated)
+    save_state(state, folder)
+    for site, code in evaluated.missing.items():
+        say(f"evaluation: site {site} left out ({code})")
+    say(f"evaluation: {len(evaluated.receipts)} sites, {time.monotonic() - started:.1f} s")
     return state
 
 
@@ -251,7 +295,7 @@ def _attempt(
     patience: Patience,
     status: StatusFile,
 ) -> None:
-    """Ask every site of the plan that has not answered yet, and wait for answers.
+    """Ask every site that the round has a task for and that has not answered yet, and wait for answers.
 
     Ends when nobody who is there is left to answer, and those who are not there have been waited for; at the latest after
     the plan's ``round_timeout_s``.
@@ -259,7 +303,7 @@ def _attempt(
     module, number = current.module, current.number
     began = time.monotonic()
     deadline = began + plan.aggregation.round_timeout_s
-    open_sites = {site.name for site in plan.sites} - set(current.accepted)
+    open_sites = set(current.content) - set(current.accepted)
     current.missing = dict.fromkeys(open_sites, "not_connected")
     waiting: dict[str, str] = {}  # message -> site
     losses = dict.fromkeys(open_sites, 0)
@@ -324,9 +368,8 @@ def _attempt(
         connected = sites.connected()
 
 
-def _task_content(plan: StudyPlan, state: StudyState, module: Module, number: int, site: str) -> RecordDict:
-    receipts = state.receipts.get(site, {}).values()
-    newest = max(receipts, key=lambda receipt: receipt.order, default=None)
+def _task_content(plan: StudyPlan, state: StudyState, module: Activity, number: int, site: str) -> RecordDict:
+    newest = state.newest_receipt(site)
     content = RecordDict({"task": task_record(plan.digest, module, number, site, newest.head if newest else "")})
     for name in task_weights(plan, module):
         content[name] = to_record(state.weights[name])
@@ -340,7 +383,9 @@ def _accept(plan: StudyPlan, reply: Message, current: _Round, site: str, order: 
     check_reply(reply.content, module)
     if "refusal" in reply.content:
         raise JobFailed(_refusal_code(reply), "The site refused.")
-    largest = largest_statistic(plan, module, site, current.expected) if module in PUBLIC else norm_limit(module)
+    largest = norm_limit(module)
+    if math.isinf(largest):  # of a sum, which has no norm that holds at every site
+        largest = largest_statistic(plan, module, site, current.expected)
     weights = from_record(reply.content, WEIGHTS[module], current.expected, largest_norm=largest)
     progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
     stated = reply.content.config_records["receipt"]
@@ -357,7 +402,7 @@ def _accept(plan: StudyPlan, reply: Message, current: _Round, site: str, order: 
     return SiteReply(weights, progress, receipt)
 
 
-def largest_statistic(plan: StudyPlan, module: Module, site: str, template: State) -> float:
+def largest_statistic(plan: StudyPlan, module: Activity, site: str, template: State) -> float:
     """Largest L2 norm with which a site's noisy sum is taken: twice its declared patients, and more noise than it will have.
 
     A row's norm is at most 1, so the sum's is at most the number of patients, which a declaration rounds. The norm of D
@@ -365,25 +410,32 @@ def largest_statistic(plan: StudyPlan, module: Module, site: str, template: Stat
     Lipschitz functions of Gaussians).
     """
     dimensions = sum(tensor.numel() for tensor in template.values())
-    return 2.0 * plan.site(site).nominal_patients + noise_multipliers(plan, site)[module] * (
-        math.sqrt(dimensions) + 6.0
-    )
+    return 2.0 * plan.site(site).nominal_patients + _noise(plan, module, site) * (math.sqrt(dimensions) + 6.0)
+
+
+def _noise(plan: StudyPlan, module: Activity, site: str) -> float:
+    if module == "evaluation":
+        return evaluation_mechanism(plan).noise_multiplier
+    return noise_multipliers(plan, site)[module]
 
 
 def _check_receipt(
-    plan: StudyPlan, site: str, module: Module, earlier: dict[Module, Receipt], receipt: Receipt
+    plan: StudyPlan, site: str, module: Activity, earlier: dict[Module, Receipt], receipt: Receipt
 ) -> None:
     """Refuse a receipt that one site could spoil the whole study's release with, while the study can go on without it.
 
     Raises:
         JobFailed: ``ledger_went_back``: a ledger only grows, so a site that states less than before has lost entries, and
             with them what it spent. ``receipt_not_private``: noise from a seed, which the plan does not ask for.
-        Refused: as `check_receipts`.
+        Refused: as `check_receipts`, of an evaluation as `check_holdout_receipt`.
     """
-    if any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
-        raise JobFailed("ledger_went_back", "A site's ledger holds less of this study than it did before.")
     if plan.privacy.reproducible_seed is None and not receipt.private:
         raise JobFailed("receipt_not_private", "A site states that its noise came from a seed.")
+    if module == "evaluation":  # of other people: nothing of theirs was stated before
+        check_holdout_receipt(plan, site, receipt)
+        return
+    if any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
+        raise JobFailed("ledger_went_back", "A site's ledger holds less of this study than it did before.")
     check_receipts(plan, site, {**earlier, module: receipt})
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from fedsynth.budget import mechanism
+from fedsynth.budget import evaluation_mechanism, mechanism
 from fedsynth.dp.accounting import Accountant, epsilon
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import Refused
-from fedsynth.plan import Module, StudyPlan
-from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
+from fedsynth.plan import Module, SiteEvaluationPlan, StudyPlan
+from fedsynth.statement import HoldoutStatement, Mechanism, PrivacyStatement, SiteStatement
 from fedsynth_server.checkpoint import Receipt, StudyState
 
 _TRUST = (
@@ -21,6 +21,10 @@ _COMPOSITION = (
     "Disjoint patients at several sites compose in parallel: a patient's epsilon is that of the patient's own site. A "
     "patient who is treated at two sites of the study has at most the sum of both epsilons, at the sum of both deltas. "
     "Later releases from the same cohorts add to the lifetime epsilon, which each site's ledger keeps."
+)
+_HOLDOUT = (
+    " Held-out patients are other people than training patients: a site's evaluation of the finished generator costs them "
+    "alone, and costs training patients nothing."
 )
 _NOT_COVERED = [
     "the choice of panel, sequences, architectures and hyper-parameters, made on public or simulated data",
@@ -68,6 +72,43 @@ def check_receipts(plan: StudyPlan, site: str, by_module: Mapping[Module, Receip
     return newest
 
 
+def check_holdout_receipt(plan: StudyPlan, site: str, receipt: Receipt) -> None:
+    """Refuse a receipt of an evaluation that contradicts the plan.
+
+    Raises:
+        Refused: ``epsilon_above_plan``: held-out patients have spent more than the plan allows. ``steps_above_plan``: more
+            than one sum. ``epsilon_below_charges``: less than that sum must have cost.
+    """
+    budget = 0.0 if plan.site_evaluation is None else plan.site_evaluation.epsilon
+    if receipt.epsilon > budget + 1e-6:
+        raise Refused(
+            "epsilon_above_plan",
+            f"Site {site} states epsilon {receipt.epsilon:.4f} of held-out patients, above the plan's {budget:g}.",
+        )
+    if receipt.steps != 1:
+        raise Refused("steps_above_plan", f"Site {site} states more sums over held-out patients than the plan has.")
+    least = epsilon([evaluation_mechanism(plan)], plan.privacy.delta, plan.privacy.accountant)
+    if receipt.epsilon < least - 1e-6:
+        raise Refused(
+            "epsilon_below_charges",
+            f"Site {site} states epsilon {receipt.epsilon:.4f} of held-out patients, but its sum cost {least:.4f}.",
+            "Its ledger has lost entries; ask the site.",
+        )
+
+
+def _holdout(plan: StudyPlan, state: StudyState, site: str) -> HoldoutStatement | None:
+    receipt = None if state.evaluated is None else state.evaluated.receipts.get(site)
+    if receipt is None:
+        return None
+    check_holdout_receipt(plan, site, receipt)
+    return HoldoutStatement(
+        epsilon=receipt.epsilon,
+        epsilon_lifetime=receipt.epsilon_lifetime,
+        noise_multiplier=evaluation_mechanism(plan).noise_multiplier,
+        max_grad_norm=SiteEvaluationPlan.max_grad_norm,
+    )
+
+
 def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
     """What the sites spent on the study, as their receipts say, checked against what the plan allows.
 
@@ -92,33 +133,35 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
                     epsilon_alone=epsilon([charged], plan.privacy.delta, plan.privacy.accountant),
                 )
             )
-        newest = check_receipts(plan, name, by_module)
+        newest, last = check_receipts(plan, name, by_module), state.newest_receipt(name)
         sites.append(
             SiteStatement(
                 name=name,
                 nominal_patients=plan.site(name).nominal_patients,
                 epsilon=newest.epsilon,
                 epsilon_lifetime=newest.epsilon_lifetime,
-                ledger_head=newest.head,
+                ledger_head=newest.head if last is None else last.head,
                 mechanisms=mechanisms,
+                holdout=_holdout(plan, state, name),
             )
         )
-    private = plan.privacy.reproducible_seed is None and all(
-        receipt.private for by_module in state.receipts.values() for receipt in by_module.values()
-    )
+    receipts = [receipt for by_module in state.receipts.values() for receipt in by_module.values()]
+    receipts += [] if state.evaluated is None else state.evaluated.receipts.values()
+    private = plan.privacy.reproducible_seed is None and all(receipt.private for receipt in receipts)
     accountant, package = _ACCOUNTANTS[plan.privacy.accountant]
     return PrivacyStatement(
         study=plan.name,
         plan_digest=plan.digest,
         private=private,
         epsilon_budget=plan.privacy.epsilon,
+        holdout_epsilon_budget=None if plan.site_evaluation is None else plan.site_evaluation.epsilon,
         delta=plan.privacy.delta,
         accountant=accountant,
         accountant_version=f"{package} {version(package)}",
         noise_source=SystemRandomness.description if private else SeededRandomness.description,
         sites=sites,
         trust_model=_TRUST,
-        composition=_COMPOSITION,
+        composition=_COMPOSITION if plan.site_evaluation is None else _COMPOSITION + _HOLDOUT,
         not_covered=[*_NOT_COVERED, _ONE_DIRECTION] if plan.privacy.accountant == "prv" else _NOT_COVERED,
         intended_use="Developing and teaching methods for paired imaging and expression data; software tests.",
         forbidden_use="Diagnosis or treatment of anyone; attempts to single out or to re-identify a person.",

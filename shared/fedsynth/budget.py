@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
-from fedsynth.dp.accounting import Demand, Mechanism, allocate, epsilon
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.dp.accounting import Accountant, Demand, Mechanism, allocate, epsilon, noise_multiplier
+from fedsynth.plan import Activity, Module, Population, StudyPlan
 
 
 def noise_multipliers(plan: StudyPlan, site: str) -> dict[Module, float]:
@@ -40,3 +41,54 @@ def planned_epsilon(plan: StudyPlan, site: str, module: Module | None = None) ->
     chosen = plan.modules if module is None else (module,)
     history = [mechanism(plan, site, each, steps=plan.training(each).steps) for each in chosen]
     return epsilon(history, plan.privacy.delta, plan.privacy.accountant)
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What one round of an activity costs a site, and whom.
+
+    Attributes:
+        population: whose account it is charged to.
+        mechanism: the round's mechanism.
+        max_grad_norm: what a patient's part is clipped to.
+        study_epsilon: what the plan allows to spend of that population, at the plan's delta.
+    """
+
+    population: Population
+    mechanism: Mechanism
+    max_grad_norm: float
+    study_epsilon: float
+
+
+def charge(plan: StudyPlan, site: str, activity: Activity) -> Charge:
+    """What one round of `activity` is charged at `site`.
+
+    Raises:
+        ValueError: the plan has no such activity.
+    """
+    if activity != "evaluation":
+        training = plan.training(activity)
+        return Charge("train", mechanism(plan, site, activity), training.max_grad_norm, plan.privacy.epsilon)
+    if plan.site_evaluation is None:
+        raise ValueError("the plan has no section site_evaluation")
+    section = plan.site_evaluation
+    return Charge("holdout", evaluation_mechanism(plan), section.max_grad_norm, section.epsilon)
+
+
+def evaluation_mechanism(plan: StudyPlan) -> Mechanism:
+    """The one noisy sum over a site's held-out patients, which takes all of them: the same at every site.
+
+    It is no part of what training patients spend (`planned_epsilon`): they are other people.
+
+    Raises:
+        ValueError: the plan has no section ``site_evaluation``, or its epsilon is too small for any noise.
+    """
+    if plan.site_evaluation is None:
+        raise ValueError("the plan has no section site_evaluation")
+    privacy = plan.privacy
+    return Mechanism(1.0, _once(plan.site_evaluation.epsilon, privacy.delta, privacy.accountant), 1)
+
+
+@lru_cache(maxsize=64)
+def _once(target: float, delta: float, accountant: Accountant) -> float:
+    return noise_multiplier(1.0, 1, target, delta, accountant)

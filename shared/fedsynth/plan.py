@@ -23,6 +23,11 @@ from fedsynth.toml import load_toml
 Module = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan"]
 MODULES: tuple[Module, ...] = ("moments", "autoencoder", "radiogenomics", "embedding", "gan")
 TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
+# What a site can be asked for: a module, which uses training patients, or, when all modules are done, an evaluation of the
+# generator on held-out patients. No patient is both, so each population has an account of its own.
+Activity = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan", "evaluation"]
+ACTIVITIES: tuple[Activity, ...] = (*MODULES, "evaluation")
+Population = Literal["train", "holdout"]
 
 # As `fedsynth.dp.accounting.PRV_LEAST_DELTA`, which cannot be imported here without all of torch.
 _PRV_LEAST_DELTA = 1e-10
@@ -327,16 +332,20 @@ class SiteEvaluationPlan(Section):
     """Evaluation of the finished generator by the sites, on their held-out patients.
 
     Nothing was trained on held-out patients, so they have an epsilon of their own, at the delta of the plan: each site
-    releases one noisy sum over them.
+    releases one noisy sum over them, of one row of norm at most 1 a patient. A site whose policy does not allow it leaves
+    this round out and no other.
     """
 
     epsilon: Positive
+    rounds: ClassVar[int] = 1
+    max_grad_norm: ClassVar[float] = 1.0  # of a row; a statistic's name for it
 
 
 class SitePlan(Section):
     """A taking-part site and the public size of its cohort, which the hospital declares (a rounded figure, not a count).
 
-    `countersign_key` is the site's Ed25519 public key (32 bytes, hex): nothing is released without its signature.
+    `countersign_key` is the site's Ed25519 public key (32 bytes, hex, from ``fedsynth site countersign-key``): nothing that
+    the site took part in is released without its signature.
     """
 
     name: Name
@@ -412,6 +421,17 @@ class StudyPlan(Section):
     def modules(self) -> tuple[Module, ...]:
         """The modules that take part, in the order in which they run."""
         return tuple(module for module in MODULES if self._section(module) is not None and self.training(module).rounds)
+
+    @property
+    def activities(self) -> tuple[Activity, ...]:
+        """All that sites are asked for, in order: the modules, and an evaluation where the plan has one."""
+        return self.modules if self.site_evaluation is None else (*self.modules, "evaluation")
+
+    def rounds(self, activity: Activity) -> int:
+        """How many rounds of `activity` the plan has; 0 of one that takes no part."""
+        if activity not in self.activities:
+            return 0
+        return SiteEvaluationPlan.rounds if activity == "evaluation" else self.training(activity).rounds
 
     @property
     def profile_engine(self) -> Literal["moments", "networks"]:

@@ -3,6 +3,7 @@
 A message to a site carries a task (plan digest, module, round, the site's name, the newest entry of its ledger that the
 coordinator has a receipt of) and model weights. A reply carries the module's weights (of a statistic: its noisy sum), a
 progress record of quantities that are post-processing of noisy states, and a receipt of the ledger; or a refusal code.
+An evaluation is asked for and answered in the same way: networks trained on synthetic patients, and a noisy sum.
 Nothing else is defined, so nothing else can leave.
 """
 
@@ -20,40 +21,48 @@ from numpy.lib import format as numpy_format
 from torch import Tensor
 
 from fedsynth.errors import JobFailed
-from fedsynth.plan import MODULES, Module, StudyPlan
+from fedsynth.plan import MODULES, Activity, Module, StudyPlan
 
 State = dict[str, Tensor]
 
-MESSAGE_TYPES: dict[Module, str] = {module: f"train.{module}" for module in MODULES}
-# The record that holds a module's weights, in a task and in its reply.
-WEIGHTS: dict[Module, str] = {
+MESSAGE_TYPES: dict[Activity, str] = {
+    **{module: f"train.{module}" for module in MODULES},
+    "evaluation": "evaluate.holdout",
+}
+# The record that holds a module's weights, in a task and in its reply; of a statistic and of an evaluation, the reply's sum.
+WEIGHTS: dict[Activity, str] = {
     "moments": "moments",
     "autoencoder": "autoencoder",
     "radiogenomics": "radiogenomics",
     "embedding": "embedding",
     "gan": "generator",
+    "evaluation": "evaluation",
 }
 # The record with the public weights that a statistic's rows are computed with.
 PUBLIC: dict[Module, str] = {"moments": "moments_public", "embedding": "embedding_public"}
+# The networks, trained on synthetic patients only, that an evaluation is made with.
+EVALUATORS = "evaluators"
 # The model that the server fits to the noisy moments.
 PROFILES = "profiles"
 # Progress quantities a reply may carry; each is computed from noisy states and synthetic data only.
-PROGRESS: dict[Module, frozenset[str]] = {
+PROGRESS: dict[Activity, frozenset[str]] = {
     "moments": frozenset(),
     "embedding": frozenset(),
     "autoencoder": frozenset({"update_norm"}),
     "radiogenomics": frozenset({"update_norm"}),
     "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
+    "evaluation": frozenset(),
 }
-# Receipt of the ledger: public functions of public plans, and the digest of the ledger's newest entry.
+# Receipt of the ledger: public functions of public plans, and the digest of the ledger's newest entry. Both epsilons are of
+# the population that was charged: of an evaluation, of held-out patients.
 RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
 LARGEST_NORM = 1e4
 _LONGEST_HEADER = 1000  # of a NumPy array; those of states have about 120 characters
 
 
-def norm_limit(module: Module) -> float:
-    """Largest norm of what a site may send of `module`: that of sums grows with patients and noise, so they have none."""
-    return math.inf if module in PUBLIC else LARGEST_NORM
+def norm_limit(activity: Activity) -> float:
+    """Largest norm of what a site may send of `activity`: that of sums grows with patients and noise, so they have none."""
+    return math.inf if activity in PUBLIC or activity == "evaluation" else LARGEST_NORM
 
 
 def to_record(state: Mapping[str, Tensor]) -> ArrayRecord:
@@ -140,12 +149,14 @@ def _numpy_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def task_weights(plan: StudyPlan, module: Module) -> tuple[str, ...]:
-    """Names of the records of weights that a task of `module` carries."""
-    if module in PUBLIC:
-        return (PUBLIC[module],)
-    if module != "gan":
-        return (WEIGHTS[module],)
+def task_weights(plan: StudyPlan, activity: Activity) -> tuple[str, ...]:
+    """Names of the records of weights that a task of `activity` carries."""
+    if activity == "evaluation":
+        return (EVALUATORS, *profile_weights(plan))
+    if activity in PUBLIC:
+        return (PUBLIC[activity],)
+    if activity != "gan":
+        return (WEIGHTS[activity],)
     return (WEIGHTS["gan"], "discriminator", *profile_weights(plan))
 
 
@@ -154,7 +165,7 @@ def profile_weights(plan: StudyPlan) -> tuple[str, ...]:
     return (PROFILES,) if plan.profile_engine == "moments" else ("autoencoder", "radiogenomics")
 
 
-def task_record(study: str, module: Module, round_number: int, site: str, head: str = "") -> ConfigRecord:
+def task_record(study: str, module: Activity, round_number: int, site: str, head: str = "") -> ConfigRecord:
     """What is asked of a site.
 
     Args:
@@ -184,7 +195,7 @@ def refusal(code: str) -> RecordDict:
     return RecordDict({"refusal": ConfigRecord({"code": code})})
 
 
-def check_reply(content: RecordDict, module: Module) -> None:
+def check_reply(content: RecordDict, module: Activity) -> None:
     """Make sure that a reply holds exactly the records and values that `module` may send, or a refusal's code alone.
 
     Raises:

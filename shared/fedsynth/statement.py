@@ -31,9 +31,23 @@ class Mechanism(_Value):
     epsilon_alone: float
 
 
+class HoldoutStatement(_Value):
+    """What a site's held-out patients spent, on whom nothing was trained: one noisy sum of scores of the generator.
+
+    They are other people than the training patients, so nothing adds up: `epsilon` is theirs in this study, and
+    `epsilon_lifetime` over all studies. A row was clipped to `max_grad_norm`, and every held-out patient took part.
+    """
+
+    epsilon: float
+    epsilon_lifetime: float
+    noise_multiplier: float
+    max_grad_norm: float
+
+
 class SiteStatement(_Value):
     """What one site's ledger says it spent on this study, and its head digest, which binds the statement to the ledger.
 
+    `epsilon` and `mechanisms` are of training patients; `holdout` is of held-out patients, None where they spent nothing.
     `epsilon_lifetime` composes everything the ledger holds, earlier studies included.
     """
 
@@ -43,12 +57,14 @@ class SiteStatement(_Value):
     epsilon_lifetime: float
     ledger_head: str
     mechanisms: list[Mechanism]
+    holdout: HoldoutStatement | None = None
 
 
 class PrivacyStatement(_Value):
     """Everything a data officer needs to judge a release's formal guarantee, and what that guarantee leaves out.
 
     `private` is false when noise was reproducible (a seeded run): then the epsilons are not a guarantee.
+    `holdout_epsilon_budget` is what the plan allows to spend of a held-out patient, None where it has no evaluation.
     """
 
     schema_version: Literal[1] = 1
@@ -58,6 +74,7 @@ class PrivacyStatement(_Value):
     unit: Literal["patient"] = "patient"
     neighbouring: str = "data sets that differ by adding or removing all data of one patient"
     epsilon_budget: float
+    holdout_epsilon_budget: float | None = None
     delta: float
     accountant: str
     accountant_version: str

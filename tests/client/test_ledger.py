@@ -269,8 +269,9 @@ def test_a_seeded_charge_marks_its_study_and_the_life_of_the_cohort(ledger: Ledg
 
 
 def test_an_entry_holds_nothing_but_public_plan_values_and_digests(written: Ledger) -> None:
+    terms = {"sample_rate", "noise_multiplier", "steps", "max_grad_norm", "private"}
     allowed = {
-        "charge": {"study", "module", "round", "sample_rate", "noise_multiplier", "steps", "max_grad_norm", "private"},
+        "charge": {"study", "module", "round", *terms, "population", "split"},
         "released": {"study", "module", "round", "sha256"},
         "sent": {"study", "module", "round", "records", "sha256", "to"},
     }

@@ -8,14 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedsynth.errors import FedsynthError, Refused
-from fedsynth.plan import Module
+from fedsynth.plan import Activity
 from fedsynth.records import MESSAGE_TYPES
 from fedsynth_client.dry_run import task_bytes
 from fedsynth_client.site import Site
 
 QUERY_SITE = "query.site"
-_MODULE_OF: dict[str, Module] = {message_type: module for module, message_type in MESSAGE_TYPES.items()}
-ADMITTED_TYPES = frozenset(_MODULE_OF) | {QUERY_SITE}
+_ACTIVITY_OF: dict[str, Activity] = {message_type: activity for activity, message_type in MESSAGE_TYPES.items()}
+ADMITTED_TYPES = frozenset(_ACTIVITY_OF) | {QUERY_SITE}
 # Up to here a message is unpacked whatever it is, so that a refusal can name its true cause; beyond, only as large as an
 # approved plan's tasks are.
 ALWAYS_BYTES = 64 * 2**20
@@ -68,25 +68,25 @@ def check_size(objects: int, size: int, limit: int) -> None:
 
 def size_limit(site: Site, message_type: str) -> int:
     """Bytes that a message of that type may have: what an approved plan's task has, with a margin."""
-    module = _MODULE_OF.get(message_type)
-    if module is None:
+    activity = _ACTIVITY_OF.get(message_type)
+    if activity is None:
         return ALWAYS_BYTES
-    return max([ALWAYS_BYTES, *(int(_MARGIN * size) for size in _approved_sizes(site, module))])
+    return max([ALWAYS_BYTES, *(int(_MARGIN * size) for size in _approved_sizes(site, activity))])
 
 
-def _approved_sizes(site: Site, module: Module) -> Iterator[int]:
+def _approved_sizes(site: Site, activity: Activity) -> Iterator[int]:
     try:
         digests = site.policy().approved_plans
     except FedsynthError:  # without a readable policy nothing is allowed; the answer to the message says so
         return
     for digest in digests:
         try:
-            yield _task_bytes(site.folder, digest, module)
+            yield _task_bytes(site.folder, digest, activity)
         except FedsynthError:  # a plan that was removed or altered: the app refuses its tasks, with that cause
             continue
 
 
 @lru_cache(maxsize=64)
-def _task_bytes(folder: Path, digest: str, module: Module) -> int:
+def _task_bytes(folder: Path, digest: str, activity: Activity) -> int:
     plan = Site(folder).plan(digest)
-    return task_bytes(plan, module) if module in plan.modules else 0
+    return task_bytes(plan, activity) if activity in plan.activities else 0

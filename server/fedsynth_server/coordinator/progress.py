@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsynth.errors import UsageError
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, Module, StudyPlan
 
 FILE = "checkpoint.safetensors"
 _LARGEST_HEADER = 100 * 2**20  # as the format allows
@@ -22,22 +22,27 @@ class Progress:
         rounds: completed rounds by module.
         fitted: statistics whose fit is done.
         heads: by site, the newest entry of its ledger that the coordinator has a receipt of.
+        evaluated: whether the sites' evaluation is done.
     """
 
     study: str
     rounds: dict[Module, int]
     fitted: frozenset[Module]
     heads: dict[str, str]
+    evaluated: bool = False
 
     def finished(self, plan: StudyPlan) -> bool:
         """Whether nothing of `plan` is left to do."""
         statistics = {module for module in ("moments", "embedding") if module in plan.modules}
         done = all(self.rounds.get(module, 0) >= plan.training(module).rounds for module in plan.modules)
-        return done and statistics <= self.fitted
+        return done and statistics <= self.fitted and (plan.site_evaluation is None or self.evaluated)
 
     def summary(self, plan: StudyPlan) -> str:
         """One line for a person, e.g. ``moments 1/1, gan 3/8``."""
-        return ", ".join(f"{m} {self.rounds.get(m, 0)}/{plan.training(m).rounds}" for m in plan.modules)
+        return ", ".join(f"{each} {self._done(each)}/{plan.rounds(each)}" for each in plan.activities)
+
+    def _done(self, activity: Activity) -> int:
+        return int(self.evaluated) if activity == "evaluation" else self.rounds.get(activity, 0)
 
 
 def read_progress(folder: Path) -> Progress | None:
@@ -53,12 +58,14 @@ def read_progress(folder: Path) -> Progress | None:
             if size > _LARGEST_HEADER:
                 raise ValueError("no header of that size")
             state = json.loads(json.loads(stream.read(size))["__metadata__"]["state"])
-        newest = {
-            site: max(receipts.values(), key=lambda receipt: receipt["order"])["head"]
-            for site, receipts in state["receipts"].items()
-            if receipts
+        evaluated = state.get("evaluated")  # a checkpoint of an earlier version has no such entry
+        held_out = {} if evaluated is None else evaluated["receipts"]
+        receipts = {
+            site: [*by_module.values(), *([held_out[site]] if site in held_out else [])]
+            for site, by_module in state["receipts"].items()
         }
-        return Progress(state["study"], state["rounds"], frozenset(state["fits"]), newest)
+        newest = {site: max(own, key=lambda each: each["order"])["head"] for site, own in receipts.items() if own}
+        return Progress(state["study"], state["rounds"], frozenset(state["fits"]), newest, evaluated is not None)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

@@ -40,7 +40,7 @@ class NoisyScore(_Value):
         floor: the same mean for an answer that does not look at the patient (see `ScoreMeaning.floor`); noisy as well,
             unless it is a constant; None where `value` is, or where the score has no such answer.
         gain: 95 % interval of the difference between the score and its floor; above 0 as a whole, the generator's
-            patients have taught something; None where `floor` is.
+            patients have taught something; None where `floor` is, or where the noise leaves no such difference.
         patients: noisy number of patients in whom the score could be measured; may be below 0.
         drowned: the noise leaves nothing to say: `value` is None, or `interval` covers more than half of all values.
     """
