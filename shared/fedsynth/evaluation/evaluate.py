@@ -111,7 +111,15 @@ def evaluate(
     say("Evaluating radiogenomics")
     measured = remeasured(plan, synthetic, holdout, public_only)
     sections.append(
-        radiogenomics(plan, profiles, holdout_profiles, predict_morphology or _no_network, measured, draws[3])
+        radiogenomics(
+            plan,
+            profiles,
+            holdout_profiles,
+            predict_morphology or _no_network,
+            measured,
+            draws[3],
+            holdout.site_names,
+        )
     )
     say("Evaluating genes")
     sections.append(genes(plan, profiles, holdout_profiles, draws[4], holdout.site_names))

@@ -10,7 +10,7 @@ Both are drawn from for comparison inside an evaluation, which is computed witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,9 +159,9 @@ def _profiles(genes: Floats, labels: NDArray[np.int64], like: Profiles) -> Profi
     return Profiles(genes.astype(np.float32), unknown, labels.astype(np.int64), np.full(len(genes), -1))
 
 
-def baseline_names(spent: float, delta: float) -> Sequence[str]:
-    """How the two are called in a report."""
+def baseline_names(spent: float, delta: float) -> tuple[str, str]:
+    """How the two are called in a report; epsilon is rounded up."""
     return (
         "multivariate normal by class, NOT private",
-        f"private marginals by class, epsilon {spent:.3g}, delta {delta:.0e} of a patient",
+        f"marginals by class, with noise for epsilon {math.ceil(100 * spent) / 100:g}, delta {delta:g} a patient",
     )

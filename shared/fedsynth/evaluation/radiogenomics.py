@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsynth.evaluation.columns import NOT_ASKED, Columns, attempt, beside_floor, figure, interval
+from fedsynth.evaluation.columns import NOT_ASKED, Columns, attempt
 from fedsynth.evaluation.linear import ridge_predictions
 from fedsynth.evaluation.patients import Patients
 from fedsynth.evaluation.samples import Profiles
-from fedsynth.evaluation.values import Figure, Section
+from fedsynth.evaluation.tested import Tested, groups_of, tested_figure
+from fedsynth.evaluation.values import Figure, Group, Section
 from fedsynth.metrics.association import association_map, map_agreement
+from fedsynth.metrics.bootstrap import Rows
 from fedsynth.metrics.measurable import NotMeasurable, require_finite, require_rows
 from fedsynth.metrics.regression import (
-    mae_by_feature,
     mean_absolute_error,
     mean_absolute_percentage_error,
     mean_r2,
@@ -42,6 +43,7 @@ def radiogenomics(
     predict_morphology: Predictor,
     measured: Columns[tuple[Values, Values]],
     rng: np.random.Generator,
+    site_names: Sequence[str] = (),
 ) -> Section:
     """Errors of the DNN and of the synthetic pairs, agreement of association maps, and of image with morphology.
 
@@ -52,138 +54,208 @@ def radiogenomics(
         predict_morphology: the released DNN, from genes (N, G) to normalised morphology (N, F).
         measured: intended and re-measured morphology, see `remeasured`.
         rng: source of all draws.
+        site_names: of the codes in `holdout.sites`; without names nothing is told by site.
     """
     names = plan.morphology.features
     pairs = profiles.map(lambda sample: sample.with_morphology)
-    test = holdout.with_morphology
-    figures = [
-        *_released_network(names, pairs, test, predict_morphology, rng),
-        *_synthetic_pairs(names, pairs, test, rng),
-        _association(pairs, test, rng),
-        *_consistency(names, measured, rng),
-    ]
+    test = _Test(names, holdout.with_morphology, site_names)
+    linear = pairs.map(lambda train: _ridge(train, test.patients))
+    middle = attempt(lambda: _middle(test.patients))
+    released = Columns(attempt(lambda: _predicted(predict_morphology, test.patients)), linear.real, middle)
     return Section(
         id="radiogenomics",
         title="The link from genes to morphology",
         explanation=(
-            f"Morphology is predicted from expression for {len(test)} held-out real patients in whom both are known. "
-            "First by the released network (DNN), beside a linear (ridge) regression on the real training pairs and "
+            f"Morphology is predicted from expression for {len(test.patients)} held-out real patients in whom both are "
+            "known. First by the released network (DNN), beside a linear (ridge) regression on the real training pairs and "
             "the floor that always answers with the middle of the public range. Then by a linear regression that saw "
             "synthetic pairs only: if it does well, the synthetic table carries the link. The agreement of association "
             "maps asks whether the same genes go with the same features. The last rows measure the tumour in the "
             "synthetic images themselves and correlate it with the morphology that they were made to have. A "
             "correlation is not a cause; place and shape of a tumour may not depend on expression at all, and then no "
-            "method beats the floor there. Intervals: 95 %, bootstrap over the held-out patients."
+            "method beats the floor there. Intervals: 95 % over which patients were tested (for the rows on images, which "
+            "synthetic ones were drawn); not over training again."
         ),
-        figures=figures,
+        figures=[
+            *_errors(
+                "released DNN",
+                released,
+                test,
+                "'real' is ridge regression on the real training pairs; floor: the middle of the public range.",
+                rng,
+            ),
+            *_errors(
+                "trained on the pairs",
+                replace(linear, floor=middle),
+                test,
+                "Ridge regression on the pairs of each column; floor: the middle of the public range.",
+                rng,
+            ),
+            _association(pairs, test, rng),
+            *_consistency(names, measured, rng),
+        ],
     )
 
 
-def _released_network(
-    names: list[str], pairs: Columns[Profiles], test: Profiles, predict_morphology: Predictor, rng: np.random.Generator
-) -> list[Figure]:
-    def network() -> Values:
-        _require_test(test)
-        predicted = np.asarray(predict_morphology(test.genes), dtype=np.float64)
-        if predicted.shape != test.morphology.shape:
-            raise ValueError(f"predict_morphology gave shape {predicted.shape}, expected {test.morphology.shape}")
-        require_finite("the DNN's predictions", predicted)
-        return np.clip(predicted, 0.0, 1.0)
+@dataclass(frozen=True)
+class _Test:
+    """The held-out patients with genes and morphology."""
 
-    linear = Columns(NOT_ASKED, real=pairs.real).map(lambda train: _ridge(train, test)).real
-    predicted = Columns(attempt(network), linear, attempt(lambda: _middle(test)))
-    by_feature = predicted.map(lambda values: mae_by_feature(values, test.morphology)).synthetic
-    detail = "" if isinstance(by_feature, NotMeasurable) else f" DNN by feature: {_list(names, by_feature)}."
-    note = "'real' is ridge regression on the real training pairs; floor: the middle of the public range."
-    return _errors("released DNN", names, predicted, test, note, detail, rng)
+    names: list[str]
+    patients: Profiles
+    site_names: Sequence[str]
+
+    def by_feature(
+        self, columns: Callable[[NDArray[np.int64]], Columns[Tested]], rng: np.random.Generator
+    ) -> list[Group]:
+        """A figure's value on each feature alone, where `columns` gives the figure on some of the features."""
+        groups = []
+        for place, name in enumerate(self.names):
+            row = tested_figure(name, "higher", columns(np.array([place])), "", rng)
+            n = int(np.isfinite(self.patients.morphology[:, place]).sum())
+            groups.append(
+                Group(
+                    by="feature",
+                    name=name,
+                    n=n,
+                    synthetic=row.synthetic,
+                    interval=row.interval,
+                    real=row.real,
+                    note=row.note,
+                )
+            )
+        return groups
+
+    def by_site(self, columns: Columns[Tested], rng: np.random.Generator) -> list[Group]:
+        """A figure's value on the patients of each site."""
+        return groups_of("site", self.site_names, self.patients.sites, columns, rng)
 
 
-def _synthetic_pairs(
-    names: list[str], pairs: Columns[Profiles], test: Profiles, rng: np.random.Generator
-) -> list[Figure]:
-    predicted = beside_floor(pairs, lambda train: _ridge(train, test), lambda _: _middle(test))
-    note = "Ridge regression on the pairs of each column; floor: the middle of the public range."
-    return _errors("trained on the pairs", names, predicted, test, note, "", rng)
+def _errors(who: str, predicted: Columns[Values], test: _Test, note: str, rng: np.random.Generator) -> list[Figure]:
+    truth = test.patients.morphology
 
+    def scored(
+        score: Callable[[Values, Values, list[str]], float], places: NDArray[np.int64]
+    ) -> Callable[[Values], Tested]:
+        names = [test.names[place] for place in places]
+        return lambda values: Tested(
+            lambda rows: score(values[np.ix_(rows, places)], truth[np.ix_(rows, places)], names), len(truth)
+        )
 
-def _errors(
-    who: str,
-    names: list[str],
-    predicted: Columns[Values],
-    test: Profiles,
-    note: str,
-    detail: str,
-    rng: np.random.Generator,
-) -> list[Figure]:
-    truth = test.morphology
-
-    def percentage(values: Values, rows: NDArray[np.int64]) -> float:
-        return mean_absolute_percentage_error(values[rows], truth[rows], names)
-
-    everyone = np.arange(len(test))
+    everything = np.arange(len(test.names))
+    absolute = predicted.map(scored(_absolute, everything))
+    relative = predicted.map(scored(mean_absolute_percentage_error, everything))
     return [
-        figure(
+        tested_figure(
             f"MAE of morphology, {who} (share of the public range)",
             "lower",
-            predicted.map(lambda values: mean_absolute_error(values, truth)),
-            f"Mean over features. {note}{detail}",
-            interval(predicted, lambda values, rows: mean_absolute_error(values[rows], truth[rows]), len(test), rng),
+            absolute,
+            f"Mean over features. {note}{_against_linear(absolute, rng)}",
+            rng,
+            [
+                *test.by_feature(lambda places: predicted.map(scored(_absolute, places)), rng),
+                *test.by_site(absolute, rng),
+            ],
         ),
-        figure(
+        tested_figure(
             f"MAPE of morphology, {who} (%)",
             "lower",
-            predicted.map(lambda values: percentage(values, everyone)),
+            relative,
             f"In physical units, mean over features; true values near 0 are left out. {note}",
-            interval(predicted, percentage, len(test), rng),
+            rng,
+            [
+                *test.by_feature(lambda places: predicted.map(scored(mean_absolute_percentage_error, places)), rng),
+                *test.by_site(relative, rng),
+            ],
         ),
-        figure(
+        tested_figure(
             f"R² of morphology, {who}",
             "higher",
-            predicted.map(lambda values: mean_r2(values, truth)),
+            predicted.map(scored(_explained, everything)),
             "Share of the variance explained, mean over features; negative is worse than always answering with the "
             f"mean of the tested patients. {note}",
+            rng,
         ),
     ]
 
 
-def _association(pairs: Columns[Profiles], test: Profiles, rng: np.random.Generator) -> Figure:
-    reference = attempt(lambda: association_map(test.genes, test.morphology))
+def _absolute(predicted: Values, truth: Values, names: list[str]) -> float:
+    return mean_absolute_error(predicted, truth)
 
-    def agreement(sample: Profiles) -> float:
-        if isinstance(reference, NotMeasurable):
-            raise NotMeasurable(f"held-out patients: {reference}")
-        require_finite("genes", sample.genes)
-        return map_agreement(association_map(sample.genes, sample.morphology), reference)
+
+def _explained(predicted: Values, truth: Values, names: list[str]) -> float:
+    return mean_r2(predicted, truth)
+
+
+def _against_linear(errors: Columns[Tested], rng: np.random.Generator) -> str:
+    """The difference from linear regression on the real pairs, on the very same patients, which tells more than two
+    intervals do."""
+    ours, linear = errors.synthetic, errors.real
+    if isinstance(ours, NotMeasurable) or isinstance(linear, NotMeasurable):
+        return ""
+    paired = Tested(lambda rows: ours.score(rows) - linear.score(rows), ours.patients)
+    between = paired.interval(rng)
+    over = "" if between is None else f" ({between[0]:+.3f} to {between[1]:+.3f})"
+    return f" Patient by patient it differs from linear regression on the real pairs by {paired.value:+.3f}{over}."
+
+
+def _association(pairs: Columns[Profiles], test: _Test, rng: np.random.Generator) -> Figure:
+    genes, morphology = test.patients.genes, test.patients.morphology
+    everything = np.arange(len(test.names))
+
+    def tested(places: NDArray[np.int64]) -> Callable[[Profiles], Tested]:
+        def of(sample: Profiles) -> Tested:
+            require_finite("genes", sample.genes)
+            require_finite("genes of held-out patients", genes)
+            found = association_map(sample.genes, sample.morphology[:, places])
+
+            def agreement(rows: Rows) -> float:
+                reference = attempt(lambda: association_map(genes[rows], morphology[np.ix_(rows, places)]))
+                if isinstance(reference, NotMeasurable):
+                    raise NotMeasurable(f"held-out patients: {reference}")
+                return map_agreement(found, reference)
+
+            return Tested(agreement, len(genes), "leave-out", (-1.0, 1.0))
+
+        return of
 
     def unpaired(real: Profiles) -> float:
         shuffled = (replace(real, morphology=rng.permutation(real.morphology)) for _ in range(PERMUTATIONS))
-        return float(np.mean([agreement(sample) for sample in shuffled]))
+        return float(np.mean([tested(everything)(sample).value for sample in shuffled]))
 
-    return figure(
+    columns = pairs.map(tested(everything))
+    floor = Columns(pairs.real).map(unpaired).synthetic
+    return tested_figure(
         "Agreement of the gene-by-feature association maps",
         "higher",
-        beside_floor(pairs, agreement, unpaired),
+        replace(columns, floor=_constant(floor)),
         "Correlation of the map with that of the held-out patients, whose own chance noise also holds down 'real'. "
         f"Floor: the real training patients with genes and morphology paired at random, mean of {PERMUTATIONS} pairings.",
+        rng,
+        [*test.by_feature(lambda places: pairs.map(tested(places)), rng), *test.by_site(columns, rng)],
     )
 
 
 def _consistency(names: list[str], measured: Columns[tuple[Values, Values]], rng: np.random.Generator) -> list[Figure]:
-    def drawn(pair: tuple[Values, Values]) -> float:
-        return float(np.isfinite(pair[1]).any(axis=1).mean())
+    def drawn(pair: tuple[Values, Values]) -> Tested:
+        shown = np.asarray(np.isfinite(pair[1]).any(axis=1))
+        # Without an interval: where every mask shows one, resampling has nothing to vary and would claim certainty.
+        return Tested(lambda rows: float(shown[rows].mean()), len(shown), "none")
 
     rows = [
-        figure(
+        tested_figure(
             "Share of patients whose mask shows a tumour",
             "higher",
             measured.map(drawn),
             "Every patient is made to have a tumour; a column without one in the mask counts as a miss.",
+            rng,
         )
     ]
     for column, feature in enumerate(features(names)):
 
-        def agreement(pair: tuple[Values, Values], column: int = column) -> float:
-            return _correlation(pair[0][:, column], pair[1][:, column])
+        def agreement(pair: tuple[Values, Values], column: int = column) -> Tested:
+            asked, found = pair[0][:, column], pair[1][:, column]
+            return Tested(lambda rows: _correlation(asked[rows], found[rows]), len(asked))
 
         def shuffled(pair: tuple[Values, Values], column: int = column) -> float:
             asked, found = pair[0][:, column], pair[1][:, column]
@@ -191,17 +263,23 @@ def _consistency(names: list[str], measured: Columns[tuple[Values, Values]], rng
             asked, found = asked[known], found[known]
             return float(np.mean([_correlation(rng.permutation(asked), found) for _ in range(PERMUTATIONS)]))
 
+        floor = Columns(measured.real).map(shuffled).synthetic
         rows.append(
-            figure(
+            tested_figure(
                 f"Image follows morphology: {feature.name}",
                 "higher",
-                beside_floor(measured, agreement, shuffled),
+                replace(measured.map(agreement), floor=_constant(floor)),
                 f"Correlation of what was asked for and what is measured in image and mask ({feature.meaning}). 'real' "
                 "measures held-out real patients again, on the tumour outline alone, as for synthetic ones; floor: "
                 "paired at random, mean of several pairings.",
+                rng,
             )
         )
     return rows
+
+
+def _constant(value: float | NotMeasurable) -> Tested | NotMeasurable:
+    return value if isinstance(value, NotMeasurable) else Tested(lambda rows: value, 1, "none")
 
 
 def remeasured(
@@ -252,6 +330,15 @@ def _correlation(first: Values, second: Values) -> float:
     return float(np.corrcoef(first, second)[0, 1])
 
 
+def _predicted(predict_morphology: Predictor, test: Profiles) -> Values:
+    _require_test(test)
+    predicted = np.asarray(predict_morphology(test.genes), dtype=np.float64)
+    if predicted.shape != test.morphology.shape:
+        raise ValueError(f"predict_morphology gave shape {predicted.shape}, expected {test.morphology.shape}")
+    require_finite("the DNN's predictions", predicted)
+    return np.clip(predicted, 0.0, 1.0)
+
+
 def _ridge(train: Profiles, test: Profiles) -> Values:
     _require_test(test)
     return ridge_predictions(train.genes, train.morphology, test.genes)
@@ -264,7 +351,3 @@ def _middle(test: Profiles) -> Values:
 
 def _require_test(test: Profiles) -> None:
     require_rows("held-out patients with genes and morphology", test.genes, MIN_TEST_PATIENTS)
-
-
-def _list(names: list[str], values: Values) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in zip(names, values, strict=True) if np.isfinite(value))
