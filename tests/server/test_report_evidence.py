@@ -32,10 +32,12 @@ from fedsynth.evaluation.site_values import NoisyScore, ScoreMeaning, SiteEvalua
 from fedsynth.evaluation.values import NOT_PUBLIC, Curve, Evaluation, Figure, Group, Line, Section
 from fedsynth.plan import StudyPlan
 from fedsynth.statement import PrivacyStatement
+from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.release import report_wording as words
 from fedsynth_server.release.datasheet import datasheet
 from fedsynth_server.release.decision import GateCheck, GateDecision, Override
 from fedsynth_server.release.facts import ReleaseFacts
+from fedsynth_server.release.preview import TILE, example_of, narrow_sheet, preview_sheet
 from fedsynth_server.release.report import write_report
 
 RELEASED = datetime(2026, 11, 20, 14, 30, tzinfo=UTC)
@@ -419,6 +421,28 @@ def test_every_reader_has_an_entry(report: Callable[..., str]) -> None:
         assert text.index("May it be used") < text.index(reader) < text.index("The decision A release is made")
 
 
+def test_small_screens_get_the_same_tiles_in_rows_of_three(
+    report: Callable[..., str], release_patients: list[SyntheticPatient]
+) -> None:
+    sheet = preview_sheet([example_of(patient) for patient in release_patients], ["T1", "FLAIR"], "title")
+    narrow = narrow_sheet(sheet)
+    assert narrow is not None
+    with Image.open(io.BytesIO(sheet)) as wide, Image.open(io.BytesIO(narrow)) as small:
+        assert small.width == 3 * (TILE + 4) < wide.width
+        step = TILE + 4
+        for column in range(6):  # T1 with mask, T1, FLAIR, FLAIR at three levels
+            line, place = divmod(column, 3)
+            tile = wide.crop((132 + column * step, 58, 132 + column * step + TILE, 58 + TILE))
+            y = 20 + 4 + 72 + line * (20 + step) + 20
+            assert (
+                small.crop((place * step, y, place * step + TILE, y + TILE)).tobytes()
+                == tile.convert(small.mode).tobytes()
+            )
+    source = report(preview_png=sheet)
+    assert source.count("<source media=") == 1 and 'srcset="data:image/png;base64,' in source
+    assert narrow_sheet(png()) is None and "<source" not in report()
+
+
 def test_an_override_comes_before_everything_else(report: Callable[..., str], release_plan: StudyPlan) -> None:
     page = Page(report(gate=overridden(release_plan)))
     start = page.text.index("Released under an override: not every check held")
@@ -445,7 +469,8 @@ def test_a_release_without_evidence_says_what_is_missing(report: Callable[..., s
 
 def test_attacks_stand_beside_what_the_claim_permits(report: Callable[..., str]) -> None:
     text = Page(report()).text
-    assert "0.52 (0.48 to 0.56)" in text
+    assert "0.52 (0.48 to 0.56) claim permits" in text
+    assert text.count("With 144 non-members no false positive rate between 0 and 0.69 % can be had") == 2  # once a view
     assert "No better than guessing: 0.5 lies within the interval, and more than 0.56 is ruled out." in text
     assert "as one in forty does where there is nothing to find" in text  # the interval from 0.503
     assert "With 144 non-members no false positive rate between 0 and 0.69 % can be had" in text
@@ -467,7 +492,7 @@ def test_an_attack_that_refutes_the_claim_is_said_on_the_first_page(
 def test_a_rate_that_the_claim_forbids_is_marked(report: Callable[..., str], release_plan: StudyPlan) -> None:
     beyond = OperatingPoint(asked=0.01, reached=rate(0.0, 0.0, 0.00001), true_positive_rate=rate(0.995, 0.9, 0.999))
     source = report(attacks=attacks(release_plan, membership=[membership(points=[beyond])]))
-    assert '<b class="bad">99.5 % (90 to 99.9 %)</b>' in source
+    assert '<b class="bad">99.5 %</b> (90 to 99.9 %) at 1 % false' in source
     assert '<b class="bad">' not in report()
 
 

@@ -169,8 +169,9 @@ def span_chart(
                 mark.css, points, mark.title
             )
         else:
-            shape = Markup('<line class="{}" x1="{}" y1="2" x2="{}" y2="18"><title>{}</title></line>').format(
-                mark.css, f"{x:.1f}", f"{x:.1f}", mark.title
+            half = 5 if mark.css == "reach" else 8
+            shape = Markup('<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"><title>{}</title></line>').format(
+                mark.css, f"{x:.1f}", f"{middle - half:.0f}", f"{x:.1f}", f"{middle + half:.0f}", mark.title
             )
         parts.append(shape)
     parts.append(Markup('<circle class="here" cx="{}" cy="{}" r="4.5"/>').format(f"{across(value):.1f}", middle))

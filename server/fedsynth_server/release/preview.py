@@ -16,11 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 
 from fedsynth.synthetic import SyntheticPatient
+from fedsynth_server.release.facts import NOT_A_PATIENT
 
 TILE = 128
 _GAP = 4
 _LABEL_WIDTH = 132
 _HEADER = 58
+_NAME = 20  # height of the line that names the columns
+_CAPTION = 72  # height of a patient's caption, which has at most four lines
+_NARROW_COLUMNS, _NARROW_ROWS = 3, 4
 _CONTOUR = (255, 196, 0)
 _INK = (236, 236, 236)
 _FAINT = (160, 160, 160)
@@ -82,6 +86,35 @@ def comparison_sheet(
         ]
         rows.append((f"{left.caption}\n|\n{right.caption}", tiles))
     return _sheet(rows, names, f"Left: {reference.source} patients. Right: synthetic patients of {title}")
+
+
+def narrow_sheet(sheet: bytes) -> bytes | None:
+    """The first patients of a sheet with its tiles in rows of three, for small screens; None for any other picture."""
+    step = TILE + _GAP
+    with Image.open(io.BytesIO(sheet)) as opened:
+        columns, rest = divmod(opened.width - _LABEL_WIDTH, step)
+        rows, more = divmod(opened.height - _HEADER, step)
+        if rest or more or columns < 1 or rows < 1:
+            return None
+        wide = opened.convert("RGB")
+    rows = min(rows, _NARROW_ROWS)
+    columns -= columns % _NARROW_COLUMNS if columns > _NARROW_COLUMNS else 0  # whole lines
+    lines = -(-columns // _NARROW_COLUMNS)
+    block = _CAPTION + lines * (_NAME + step) + _GAP
+    narrow = Image.new("RGB", (_NARROW_COLUMNS * step, _NAME + _GAP + rows * block), _PAPER)
+    ImageDraw.Draw(narrow).text((8, 4), NOT_A_PATIENT, fill=_INK, font=ImageFont.load_default(14))
+    for row in range(rows):
+        top, left_out = _NAME + _GAP + row * block, _HEADER + row * step
+        narrow.paste(wide.crop((0, left_out, _LABEL_WIDTH, left_out + _CAPTION)), (0, top))
+        for column in range(columns):
+            line, place = divmod(column, _NARROW_COLUMNS)
+            x, y = place * step, top + _CAPTION + line * (_NAME + step)
+            start = _LABEL_WIDTH + column * step
+            narrow.paste(wide.crop((start, _HEADER - _NAME, start + step, _HEADER)), (x, y))
+            narrow.paste(wide.crop((start, left_out, start + step, left_out + step)), (x, y + _NAME))
+    stream = io.BytesIO()
+    narrow.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
 
 
 def _row(example: Example) -> list[Image.Image]:

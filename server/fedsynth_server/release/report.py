@@ -31,6 +31,7 @@ from fedsynth_server.release import wording
 from fedsynth_server.release.charts import Series
 from fedsynth_server.release.decision import GateDecision
 from fedsynth_server.release.manifest import PUBLIC_KEY, SIGNATURE, SUMS
+from fedsynth_server.release.preview import narrow_sheet
 from fedsynth_server.release.report_privacy import privacy
 from fedsynth_server.release.report_quality import quality, summary, usefulness
 from fedsynth_server.release.report_training import MODULE_TITLES, drawn_sites, training
@@ -140,11 +141,12 @@ def write_report(
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG for an ``img`` element: data URI and size in pixels."""
+    """A PNG for an ``img`` element: data URI and size in pixels; `narrow` for small screens, empty for none."""
 
     source: str
     width: int
     height: int
+    narrow: str
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,12 @@ def _picture(png: bytes) -> Picture:
     if not png.startswith(_PNG_SIGNATURE) or len(png) < 24:
         raise UsageError("report_not_png", "A picture for the report is not a PNG file.")
     width, height = struct.unpack(">II", png[16:24])
-    return Picture("data:image/png;base64," + base64.b64encode(png).decode("ascii"), width, height)
+    narrow = narrow_sheet(png)
+    return Picture(_data_uri(png), width, height, "" if narrow is None else _data_uri(narrow))
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _in_a_sentence(title: str) -> str:

@@ -30,6 +30,7 @@ class PointView:
     asked: str
     reached: str
     found: str
+    interval: str
     permitted: str
     beyond: bool
 
@@ -40,6 +41,7 @@ class MembershipView:
 
     attack: MembershipAttack
     area: str
+    interval: str
     permitted_area: str
     points: list[PointView]
     bound: str
@@ -93,7 +95,12 @@ class DistanceView:
 
 @dataclass(frozen=True)
 class AttacksView:
-    """All attacks, and what the strongest of them comes to."""
+    """All attacks, and what the strongest of them comes to.
+
+    Attributes:
+        refuted: an attack proves more than was claimed.
+        claim_is_loose: the claimed epsilon permits an area above 0.99, so no failing attack could be due to it.
+    """
 
     attacks: Attacks
     views: list[ViewedFrom]
@@ -102,6 +109,7 @@ class AttacksView:
     distances: list[DistanceView]
     strongest: MembershipView | None
     refuted: bool
+    claim_is_loose: bool
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,7 @@ def attacks(found: Attacks, statement: PrivacyStatement) -> AttacksView:
         ],
         strongest=next((row for attack, row in rows if attack is strongest), None),
         refuted=any(attack.epsilon_bound > _claim(attack, claims) for attack in found.membership),
+        claim_is_loose=words.permitted_area(max(claims.values()), statement.delta) > 0.99,
     )
 
 
@@ -263,15 +272,17 @@ def _membership(attack: MembershipAttack, claims: Mapping[str, float], delta: fl
             PointView(
                 asked=f"{100 * point.asked:g} %",
                 reached=_percents(point.reached),
-                found=_percents(point.true_positive_rate),
-                permitted=f"{100 * permitted:.3g} %",
+                found=f"{100 * point.true_positive_rate.value:.3g} %",
+                interval=_percent_ends(point.true_positive_rate),
+                permitted="nearly all" if permitted > 0.9995 else f"{100 * permitted:.3g} %",
                 beyond=point.true_positive_rate.low > permitted,
             )
         )
     return MembershipView(
         attack=attack,
-        area=words.rate(attack.area),
-        permitted_area=wording.fixed(most, 3),
+        area=wording.fixed(attack.area.value, 2),
+        interval=_ends((attack.area.low, attack.area.high)),
+        permitted_area="nearly 1" if most > 0.9995 else wording.fixed(most, 3),
         points=points,
         bound=wording.number(attack.epsilon_bound),
         claimed=wording.epsilon(claimed),
@@ -343,4 +354,8 @@ def _ends(interval: tuple[float, float] | None) -> str:
 
 
 def _percents(rate: Rate) -> str:
-    return f"{100 * rate.value:.3g} % ({100 * rate.low:.2g} to {100 * rate.high:.3g} %)"
+    return f"{100 * rate.value:.3g} % ({_percent_ends(rate)})"
+
+
+def _percent_ends(rate: Rate) -> str:
+    return f"{100 * rate.low:.3g} to {100 * rate.high:.3g} %"
