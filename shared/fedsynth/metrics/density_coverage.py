@@ -1,4 +1,7 @@
-"""Density and coverage (Naeem et al., ICML 2020): precision and recall that an outlier cannot inflate."""
+"""Density and coverage (Naeem et al., ICML 2020): precision and recall that an outlier cannot inflate.
+
+Agrees with `prdc.compute_prdc`, the authors' implementation, to rounding.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,20 @@ def density_coverage(
     Raises:
         NotMeasurable: too few samples, or features that are not finite.
     """
+    dense, covered = neighbourhood_members(real, fake, neighbours)
+    return float(dense.mean()), float(covered.mean())
+
+
+def neighbourhood_members(
+    real: NDArray[np.floating], fake: NDArray[np.floating], neighbours: int = 5
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Each fake's density (M,), and which reals (N,) are covered; see `density_coverage`."""
     radii = neighbour_radii("real samples", real, neighbours)
     require_rows("compared samples", fake, 1)
     require_finite("compared samples", fake)
-    inside = distances(real, fake) <= radii[:, None]
-    density = inside.sum(axis=0).mean() / neighbours
-    return float(density), float(inside.any(axis=1).mean())
+    balls, covered = np.zeros(len(fake)), np.zeros(len(real), dtype=bool)
+    for rows, between in distances(real, fake):
+        inside = between < radii[rows, None]
+        balls += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
+    return balls / neighbours, covered

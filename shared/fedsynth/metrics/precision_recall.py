@@ -1,4 +1,7 @@
-"""Improved precision and recall for generative models (Kynkäänniemi et al., NeurIPS 2019)."""
+"""Improved precision and recall for generative models (Kynkäänniemi et al., NeurIPS 2019).
+
+Agrees with `prdc.compute_prdc` and with a brute-force computation, sample by sample.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,18 @@ def precision_recall(
     Raises:
         NotMeasurable: k or fewer samples, or features that are not finite.
     """
+    precise, recalled = manifold_members(real, fake, neighbours)
+    return float(precise.mean()), float(recalled.mean())
+
+
+def manifold_members(
+    real: NDArray[np.floating], fake: NDArray[np.floating], neighbours: int = 3
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which fakes (M,) lie in the real manifold, and which reals (N,) lie in the fake manifold; see `precision_recall`."""
     real_radii = neighbour_radii("real samples", real, neighbours)
     fake_radii = neighbour_radii("compared samples", fake, neighbours)
-    between = distances(real, fake)
-    precision = (between <= real_radii[:, None]).any(axis=0).mean()
-    recall = (between <= fake_radii[None, :]).any(axis=1).mean()
-    return float(precision), float(recall)
+    precise, recalled = np.zeros(len(fake), dtype=bool), np.zeros(len(real), dtype=bool)
+    for rows, between in distances(real, fake):
+        precise |= (between <= real_radii[rows, None]).any(axis=0)
+        recalled[rows] = (between <= fake_radii[None, :]).any(axis=1)
+    return precise, recalled
