@@ -24,7 +24,10 @@ class AuditedModule(_Value):
         correct: how many of these guesses were right.
         confidence: of `epsilon_bound`, e.g. 0.95.
         epsilon_bound: the largest epsilon that the guesses refute; the mechanism is at least as bad as that.
-        reachable: the bound that as many guesses would give if all were right: no bound can be above it.
+        reachable: the bound that the audit would have given if all guesses had been right: no bound can be above it. Below
+            `claimed_epsilon`, the audit could not have refuted the claim whatever the mechanism did.
+        looks: how many ways to guess were fixed before the run. `guesses`, `correct` and `epsilon_bound` are those of the
+            most telling one, each at confidence ``1 - (1 - confidence) / looks``.
         model: what the module was run with, in words.
     """
 
@@ -41,6 +44,7 @@ class AuditedModule(_Value):
     confidence: float
     epsilon_bound: float
     reachable: float
+    looks: int = 1
     model: str
     seconds: float
 

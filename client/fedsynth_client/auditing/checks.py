@@ -1,0 +1,370 @@
+"""Checks of the private computation's parts, made on the code that a site runs, with made-up patients.
+
+A bound from canaries lies far below the claim, so a fault that costs less than the difference passes it: half the noise,
+for one. These checks measure single promises of a mechanism instead: how much noise there is, how far one patient moves
+a sum, how often a patient is drawn, what is charged, what is sent. Where chance takes part, a check of a sound mechanism
+fails once in a million times.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from opacus.accountants import RDPAccountant
+from scipy.stats import binom, chi2, norm
+from torch import Tensor
+
+from fedsynth.auditing.values import MechanismCheck
+from fedsynth.budget import mechanism
+from fedsynth.dp.accounting import Mechanism, epsilon
+from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
+from fedsynth.errors import JobFailed, Refused
+from fedsynth.plan import Module, StudyPlan
+from fedsynth.records import WEIGHTS, check_reply, progress_record, to_record
+from fedsynth_client.auditing.standins import (
+    Patients,
+    StandIn,
+    alike,
+    canary_patients,
+    flat,
+    released,
+    stand_in,
+    step_weights,
+)
+from fedsynth_client.auditing.wire import PROGRESS
+from fedsynth_client.ledger import Ledger, Limit, Task
+
+_ALARM = 1e-6
+_NOISE_GENES = 5000  # profile length, or row length, of a stand-in that is only listened to for its noise
+_FEW, _MANY = 8, 400
+_STEPS = 3
+_TOLERANCE = 1e-3  # of what is read off weights and moments in float32
+
+
+class Noiseless:
+    """Adds nothing, so that what is released is the sum itself; who is drawn is left to `draws`, or everybody is."""
+
+    private = False
+    description = "no noise"
+
+    def __init__(self, draws: Randomness | None = None) -> None:
+        self._draws = draws
+
+    def uniform(self, count: int) -> Tensor:
+        """Zeros, with which everybody is drawn; or what `draws` gives."""
+        return torch.zeros(count, dtype=torch.float64) if self._draws is None else self._draws.uniform(count)
+
+    def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
+        """Zeros."""
+        return torch.zeros(tuple(shape))
+
+
+def noise_scale(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether released values without any patient have the variance that was charged, in every step."""
+    block = _short(mechanism(plan, site, module), module)
+    stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
+    noise = flat(released(stand, stand.block(_nobody(stand, module), block, SystemRandomness())))
+    weights = step_weights(stand, block.steps)
+    expected = block.noise_multiplier * float(weights.square().sum().sqrt())
+    low, high = (math.sqrt(float(chi2.ppf(p, len(noise))) / len(noise)) for p in (_ALARM / 2, 1 - _ALARM / 2))
+    ratio = float(noise.square().mean().sqrt()) / expected
+    return MechanismCheck(
+        id="noise-scale",
+        title="The noise is as large as was charged",
+        module=module,
+        ok=low * (1 - _TOLERANCE) <= ratio <= high * (1 + _TOLERANCE),
+        finding=f"{len(noise)} released values without patients have {ratio:.4f} times the standard deviation of "
+        f"{block.noise_multiplier:g} clipping norms that was charged (chance alone gives {low:.3f} to {high:.3f}).",
+    )
+
+
+def noise_is_fresh(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether two runs of the same task draw noise of their own."""
+    block = replace(mechanism(plan, site, module), steps=1)
+    stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
+    first, second = (
+        flat(released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))) for _ in range(2)
+    )
+    lengths = float(first.norm() * second.norm())
+    limit = float(norm.isf(_ALARM / 2)) / math.sqrt(len(first))
+    alike_by = float(first @ second) / lengths if lengths else 1.0
+    return MechanismCheck(
+        id="noise-fresh",
+        title="No noise is used twice",
+        module=module,
+        ok=abs(alike_by) <= limit,
+        finding=f"The noise of two runs correlates by {alike_by:+.4f} (chance alone stays within {limit:.4f})."
+        if lengths
+        else "Two runs without patients released zeros: there is no noise to compare.",
+    )
+
+
+def clipping_binds(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether adding one patient, however extreme, moves the un-noised sum by at most the clipping norm.
+
+    The sum is measured with and without the patient, beside a few others. A patient of whom the clip leaves a whole norm
+    must be among them: a sum that nobody moves would pass anything.
+    """
+    stand = _read_off(plan, module, _FEW)
+    block = _everybody(plan, site, module)
+    cohort = canary_patients(module, plan, _FEW)
+    before = _sum(stand, cohort, block)
+    moved = {
+        name: float((_sum(stand, cohort + patient, block) - before).norm())
+        for name, patient in _extremes(module, plan).items()
+    }
+    worst, furthest = max(moved.items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)
+    return MechanismCheck(
+        id="clipping",
+        title="One patient moves the sum by at most the clipping norm",
+        module=module,
+        ok=all(distance <= 1 + _TOLERANCE for distance in moved.values()) and furthest >= 1 - 0.01,
+        finding=f"Of {len(moved)} extreme patients the one with {worst} moved the sum furthest, by {furthest:.4f} clipping "
+        "norms.",
+    )
+
+
+def patient_counts_once(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether a patient, drawn for certain, adds one clipped contribution however many slices or values there are."""
+    stand, block = _read_off(plan, module, _FEW), _everybody(plan, site, module)
+    one = alike(module, plan, _FEW, 1)
+    if module == "gan":  # slices that have little in common, so that none can hide behind another
+        other = canary_patients(module, plan, 2)
+        one = replace(one, rows=torch.stack([other.rows[0, :, 0], other.rows[1, :, 0]], dim=1)[None])
+    length = float(_sum(stand, one, block).norm())
+    return MechanismCheck(
+        id="patient-once",
+        title="A patient counts once, whatever the number of slices",
+        module=module,
+        ok=abs(length - 1) <= 0.01,
+        finding=f"A patient drawn for certain adds a contribution of {length:.4f} clipping norms to a step's sum.",
+    )
+
+
+def sampling_rate(plan: StudyPlan, site: str, module: Module, repeats: int = 4) -> MechanismCheck:
+    """Whether a step draws patients as often as was charged.
+
+    All patients are alike, so the length of an un-noised sum is the number of those drawn. Twice as many slices as
+    patients drawn one by one would show as twice the number.
+    """
+    section = mechanism(plan, site, module)
+    block = replace(section, steps=1)
+    stand = _read_off(plan, module, _FEW, size=float(_MANY))
+    crowd = alike(module, plan, _FEW, _MANY)
+    draws = [float(_sum(stand, crowd, block, SystemRandomness()).norm()) for _ in range(repeats)]
+    total, patients = sum(draws), repeats * _MANY
+    low, high = (float(binom.ppf(p, patients, block.sample_rate)) for p in (_ALARM / 2, 1 - _ALARM / 2))
+    whole = all(abs(drawn - round(drawn)) <= 0.01 * max(drawn, 1) for drawn in draws)
+    return MechanismCheck(
+        id="sampling-rate",
+        title="Patients are drawn as often as was charged",
+        module=module,
+        ok=whole and low * (1 - _TOLERANCE) <= total <= high * (1 + _TOLERANCE),
+        finding=f"{repeats} steps drew {total:.0f} of {patients} made-up patients; at the charged rate of "
+        f"{block.sample_rate:.4f} chance alone gives {low:.0f} to {high:.0f}.",
+    )
+
+
+def accountant_composes(plan: StudyPlan, site: str) -> MechanismCheck:
+    """Whether a ledger that was charged for every round of every module tells the epsilon of all of them.
+
+    Measured against Opacus' accountant for the same history, and against the budget: the next module's worth of steps
+    must be refused. (The ledger's orders are finer than Opacus', so its epsilon may be a little smaller.)
+    """
+    reference, delta, study = RDPAccountant(), plan.privacy.delta, plan.digest
+    unlimited = Limit(math.inf, delta)
+    charged: list[Mechanism] = []
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = Ledger(Path(folder) / "ledger.sqlite")
+        for module in plan.modules:
+            block, norm_of = mechanism(plan, site, module), plan.training(module).max_grad_norm
+            for number in range(1, plan.training(module).rounds + 1):
+                ledger.charge(
+                    Task(study, module, number),
+                    block,
+                    max_grad_norm=norm_of,
+                    private=True,
+                    study_limit=unlimited,
+                    lifetime_limit=unlimited,
+                )
+                charged.append(block)
+            # As many steps as the plan says, whatever the ledger made of the rounds.
+            steps = plan.training(module).steps
+            reference.history.append((block.noise_multiplier, block.sample_rate, steps))
+        spent, one = ledger.epsilon(delta, "rdp", study), max(epsilon([block], delta) for block in set(charged))
+        opacus = float(reference.get_epsilon(delta))
+        stopped = _is_refused(ledger, plan, site)
+    alone = len(charged) == 1
+    grows = spent > one * (1 + 1e-6) or (alone and abs(spent - one) <= 1e-6 * one)
+    return MechanismCheck(
+        id="accountant",
+        title="The ledger composes all rounds of all modules",
+        module=None,
+        ok=grows and 0.95 * opacus <= spent <= opacus + 1e-6 and stopped,
+        finding=f"After {len(charged)} charged rounds the ledger tells epsilon {spent:.4f}; Opacus' accountant tells "
+        f"{opacus:.4f} for the same rounds; the costliest single round costs {one:.4f}. To spend the whole plan once more "
+        f"was {'refused' if stopped else 'NOT refused'}.",
+    )
+
+
+def _is_refused(ledger: Ledger, plan: StudyPlan, site: str) -> bool:
+    """Whether the ledger, after the whole plan, refuses to charge as much again under the plan's budget."""
+    limit = Limit(plan.privacy.epsilon, plan.privacy.delta)
+    try:
+        for module in plan.modules:
+            steps = plan.training(module).steps
+            ledger.charge(
+                Task(plan.digest, module, plan.training(module).rounds + 1),
+                mechanism(plan, site, module, steps=steps),
+                max_grad_norm=plan.training(module).max_grad_norm,
+                private=True,
+                study_limit=limit,
+                lifetime_limit=limit,
+                accountant=plan.privacy.accountant,
+            )
+    except Refused as refusal:
+        return refusal.code == "budget_exceeded"
+    return False
+
+
+def closed_list(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether a round's result holds what may leave and nothing else, and a reply with a loss on patients is refused."""
+    block = _short(mechanism(plan, site, module), module)
+    stand = stand_in(plan, module, _FEW, block.noise_multiplier)
+    result = stand.block(canary_patients(module, plan, _FEW), block, SystemRandomness())
+    extra = sorted(set(result.progress) - PROGRESS[module])
+    expected = set(result.weights) if not stand.weights else set(stand.weights)
+    own = not extra and set(result.weights) == expected and _passes(module, result.weights, result.progress)
+    smuggled = [
+        _passes(module, result.weights, {**dict.fromkeys(PROGRESS[module], 0.0), "real_loss": 0.5}),
+        _passes(module, result.weights, dict.fromkeys(PROGRESS[module], 0.0), more="real_loss"),
+    ]
+    return MechanismCheck(
+        id="closed-list",
+        title="Nothing but the closed list leaves",
+        module=module,
+        ok=own and not any(smuggled),
+        finding=(f"The result carries {', '.join(extra)}, which may not leave. " if extra else "")
+        + f"The result of a round {'passed' if own else 'FAILED'} the check of replies; with a loss on patients beside it, "
+        f"{sum(smuggled)} of {len(smuggled)} replies passed.",
+    )
+
+
+def _passes(module: Module, weights: dict[str, Tensor], progress: dict[str, float], more: str | None = None) -> bool:
+    from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+    receipt = ConfigRecord({"head": "0" * 64, "epsilon": 1.0, "epsilon_lifetime": 1.0, "steps": 1, "private": True})
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+        WEIGHTS[module]: to_record(weights),
+        "progress": progress_record(progress),
+        "receipt": receipt,
+    }
+    if more is not None:
+        records[more] = MetricRecord({more: 0.5})
+    try:
+        check_reply(RecordDict(records), module)
+    except JobFailed:
+        return False
+    return True
+
+
+def progress_is_public(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+    """Whether the progress that is sent with a result tells of patients only what the result itself tells.
+
+    The same task is run on two cohorts that have nothing in common, with equal draws and equal noise. Of a network over
+    profiles, the progress has to follow from the weights before and after. The GAN's discriminator is made to stand still;
+    then nothing that leaves may differ.
+    """
+    block = _everybody(plan, site, module)
+    stand = stand_in(plan, module, _FEW, block.noise_multiplier)
+    if module == "gan":
+        gan = stand.plan.gan.model_copy(update={"learning_rate": 0.0, "discriminator_steps": 1})
+        stand = replace(stand, plan=stand.plan.model_copy(update={"gan": gan}))
+    one, two = canary_patients(module, plan, _FEW)[torch.arange(2)], canary_patients(module, plan, _FEW)
+    results = [stand.block(patients, block, SeededRandomness(1)) for patients in (one, two[torch.arange(4, _FEW)])]
+    if module == "gan":
+        ok = results[0].progress == results[1].progress and all(
+            torch.equal(results[0].weights[name], results[1].weights[name]) for name in results[0].weights
+        )
+        finding = "With a discriminator that stands still, what leaves is "
+        finding += "the same for two cohorts." if ok else "NOT the same for two cohorts."
+    else:
+        told = [dict(result.progress) for result in results]
+        follows = [_update_norm(stand, result.weights) for result in results]
+        ok = all(
+            not rest or (set(rest) == {"update_norm"} and math.isclose(rest["update_norm"], length, rel_tol=1e-6))
+            for rest, length in zip(told, follows, strict=True)
+        )
+        finding = (
+            f"The progress of two rounds {'follows' if ok else 'does NOT follow'} from the weights sent and returned."
+        )
+    return MechanismCheck(
+        id="progress", title="Progress tells nothing that the result does not", module=module, ok=ok, finding=finding
+    )
+
+
+def _update_norm(stand: StandIn, after: dict[str, Tensor]) -> float:
+    changes = [(after[name].double() - start.double()).square().sum() for name, start in stand.weights.items()]
+    return math.sqrt(sum(float(change) for change in changes))
+
+
+def _short(block: Mechanism, module: Module) -> Mechanism:
+    """A block of few steps, so that noise that is missing in later steps shows."""
+    return block if module in ("moments", "embedding") else replace(block, steps=min(block.steps, _STEPS))
+
+
+def _everybody(plan: StudyPlan, site: str, module: Module) -> Mechanism:
+    """One step that draws everybody."""
+    return Mechanism(1.0, mechanism(plan, site, module).noise_multiplier, 1)
+
+
+def _read_off(plan: StudyPlan, module: Module, genes: int, size: float = 10.0) -> StandIn:
+    """A stand-in whose released sums, of up to `size` clipping norms, can be read off."""
+    return stand_in(plan, module, genes, size)
+
+
+def _nobody(stand: StandIn, module: Module) -> Patients:
+    everyone = canary_patients(module, stand.plan, _FEW)
+    if module != "gan":
+        everyone = replace(everyone, rows=torch.zeros(1, _NOISE_GENES).expand(_FEW, -1))
+    return everyone[torch.zeros(0, dtype=torch.int64)]
+
+
+def _sum(stand: StandIn, patients: Patients, block: Mechanism, draws: Randomness | None = None) -> Tensor:
+    """The un-noised sum of one step, in clipping norms."""
+    return flat(released(stand, stand.block(patients, block, Noiseless(draws))))
+
+
+def _extremes(module: Module, plan: StudyPlan) -> dict[str, Patients]:
+    """Patients made to move a sum as far as can be, each by itself."""
+    plain = alike(module, plan, _FEW, 1)
+
+    def with_rows(change: Callable[[Tensor], Tensor]) -> Patients:
+        return replace(plain, rows=change(plain.rows.clone()))
+
+    def one_value(value: float) -> Callable[[Tensor], Tensor]:
+        def change(rows: Tensor) -> Tensor:
+            rows.view(-1)[0] = value
+            return rows
+
+        return change
+
+    if module == "gan":
+        return {
+            "an extreme feature": plain,
+            "values of 60,000": with_rows(lambda rows: rows.float().sign().mul(6e4).half()),
+            "an infinite value": with_rows(one_value(math.inf)),
+            "a value that is no number": with_rows(one_value(math.nan)),
+        }
+    return {
+        "one large value": plain,
+        "large values throughout": with_rows(lambda rows: rows.amax() * torch.ones_like(rows)),
+        "values of 1e30": with_rows(lambda rows: rows.sign() * 1e30),
+        "an infinite value": with_rows(one_value(math.inf)),
+        "a value that is no number": with_rows(one_value(math.nan)),
+    }

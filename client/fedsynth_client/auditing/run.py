@@ -1,0 +1,159 @@
+"""The audit of a plan: every module's private computation, run once with canaries, and checks of its parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from fedsynth import __version__
+from fedsynth.auditing.code import code_digest
+from fedsynth.auditing.one_run import outcome, planned_guesses, reachable
+from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
+from fedsynth.budget import mechanism, planned_epsilon
+from fedsynth.dp.randomness import Randomness, SystemRandomness
+from fedsynth.plan import Module, StudyPlan
+from fedsynth.progress import say
+from fedsynth_client.auditing.canaries import run_with_canaries
+from fedsynth_client.auditing.checks import (
+    accountant_composes,
+    clipping_binds,
+    closed_list,
+    noise_is_fresh,
+    noise_scale,
+    patient_counts_once,
+    progress_is_public,
+    sampling_rate,
+)
+from fedsynth_client.auditing.preprocessing import preprocessing_is_apart
+from fedsynth_client.auditing.wire import rounds_are_charged_and_closed
+
+CONFIDENCE = 0.95
+# How many canaries are tried in turn, until a broken mechanism could be told from what is claimed. The limits are
+# memory (a statistic's canaries have a coordinate each) and time (a GAN's are images).
+_CANARIES: dict[Module, tuple[int, ...]] = {
+    "moments": (1024, 2048, 4096, 6144, 8192),
+    "autoencoder": (1024, 2048, 4096),
+    "radiogenomics": (1024, 2048, 4096),
+    "embedding": (1024, 2048, 4096, 6144, 8192),
+    "gan": (512, 1024, 2048),
+}
+_MARGIN = 1.02
+_MODELS: dict[Module, str] = {
+    "moments": "the release of a noisy sum, with a coordinate for each canary",
+    "autoencoder": "a stand-in of hidden layer 4 with a gene for each canary; all rounds' weights seen, each round started "
+    "from weights chosen for the auditor",
+    "radiogenomics": "a stand-in of hidden layer 4 with a gene for each canary, without dropout; all rounds' weights seen, "
+    "each round started from weights chosen for the auditor",
+    "embedding": "the release of a noisy sum, with a coordinate for each canary",
+    "gan": "a stand-in of width 4 on slices of 32 x 32, with the clipping norm as the unit; the discriminator seen, which "
+    "never leaves a site, started from weights chosen for the auditor",
+}
+
+
+def audit_module(
+    plan: StudyPlan,
+    site: str,
+    module: Module,
+    canaries: int | None = None,
+    randomness: Randomness | None = None,
+) -> AuditedModule:
+    """Run `module` of `site` once with canaries.
+
+    Args:
+        plan: the plan.
+        site: whose sample rate and noise are taken.
+        module: one of the plan's modules.
+        canaries: how many; by default as many as it takes to be able to refute the claim, if the machine can.
+        randomness: of coins, draws and noise; by default the operating system's, as at a site.
+    """
+    started = time.monotonic()
+    source = SystemRandomness() if randomness is None else randomness
+    section, block, delta = plan.training(module), mechanism(plan, site, module), plan.privacy.delta
+    claimed = planned_epsilon(plan, site, module)
+    count = _enough(module, claimed, delta) if canaries is None else canaries
+    guesses = planned_guesses(count, block.sample_rate, block.noise_multiplier, section.steps, delta, CONFIDENCE)
+    members = (source.uniform(count) < 0.5).numpy()
+    looks = run_with_canaries(plan, module, block, section.rounds, members, guesses, source)
+    found = outcome(looks, members, delta, CONFIDENCE)
+    return AuditedModule(
+        module=module,
+        site=site,
+        claimed_epsilon=claimed,
+        delta=delta,
+        sample_rate=block.sample_rate,
+        noise_multiplier=block.noise_multiplier,
+        steps=section.steps,
+        canaries=count,
+        guesses=found.guesses,
+        correct=found.correct,
+        confidence=CONFIDENCE,
+        epsilon_bound=found.bound,
+        reachable=found.reachable,
+        looks=found.looks,
+        model=_MODELS[module],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _enough(module: Module, claimed: float, delta: float) -> int:
+    """The fewest canaries of `_CANARIES` of which all, guessed right in one of two looks, refute `claimed`."""
+    sizes = _CANARIES[module]
+    return next((m for m in sizes if reachable((m, m), m, delta, CONFIDENCE) > _MARGIN * claimed), sizes[-1])
+
+
+def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
+    """Every check of the mechanisms of `plan` at `site`, made on the code that a site runs."""
+    of_module = (
+        noise_scale,
+        noise_is_fresh,
+        clipping_binds,
+        patient_counts_once,
+        sampling_rate,
+        closed_list,
+        progress_is_public,
+    )
+    found = [check(plan, site, module) for module in plan.modules for check in of_module]
+    return [
+        *found,
+        accountant_composes(plan, site),
+        rounds_are_charged_and_closed(plan, site),
+        preprocessing_is_apart(plan),
+    ]
+
+
+def audit_plan(
+    plan: StudyPlan,
+    site: str | None = None,
+    randomness: Randomness | None = None,
+    canaries: Mapping[Module, int] | None = None,
+) -> Audit:
+    """Audit the mechanisms of `plan` as this installation would run them; no patient takes part.
+
+    Args:
+        plan: the plan.
+        site: whose mechanisms; by default those of the site with the fewest declared patients, which are drawn most
+            often.
+        randomness: of the canaries' coins, draws and noise; by default the operating system's, as at a site. The checks
+            take the operating system's in any case.
+        canaries: how many for a module, in place of as many as it takes to be able to refute its claim.
+
+    Raises:
+        UsageError: ``site_not_in_plan``.
+    """
+    started = time.monotonic()
+    chosen = min(plan.sites, key=lambda each: each.nominal_patients).name if site is None else plan.site(site).name
+    modules = []
+    for module in plan.modules:
+        say(f"Running {module} with canaries")
+        modules.append(audit_module(plan, chosen, module, (canaries or {}).get(module), randomness))
+    say("Checking the mechanisms")
+    found = checks(plan, chosen)
+    return Audit(
+        plan_digest=plan.digest,
+        code=code_digest(),
+        software=f"fedsynth {__version__}, opacus {version('opacus')}, torch {version('torch')}",
+        modules=modules,
+        checks=found,
+        seconds=time.monotonic() - started,
+    )

@@ -1,0 +1,316 @@
+"""What the audit puts in place of patients and networks: the smallest that leave a module's mechanism as it is.
+
+Sampling, noise, number of steps and clipping norm are the plan's. Networks are narrow, and they start from weights that
+make an auditor as strong as can be: a canary's gradient lies in few parameters, apart from that of any other canary. A
+guarantee of privacy holds for whatever weights a coordinator sends, so also for these.
+
+Adam divides by the root of a mean square plus 1e-8. Where gradients are far below that, its steps are proportional to
+them, and what a step released can be read off the weights. The divisor of a step (the expected batch) is public and
+changes no epsilon, so it may be large enough for that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedsynth.dp.accounting import Mechanism
+from fedsynth.dp.randomness import Randomness
+from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.plan import LabelPlan, Module, StudyPlan
+from fedsynth.records import State
+from fedsynth.synthesis import SyntheticProfiles
+from fedsynth_client.training import adversarial, profiles, statistic
+from fedsynth_client.training.adversarial import ImagePatients
+from fedsynth_client.training.block import BlockResult
+
+ADAM_EPSILON = 1e-8
+# Gradients this far below Adam's epsilon make its steps proportional to them to five digits; squares stay in float32.
+_SMALL = 1e-5
+# By about how much a weight moves in a step: nothing beside `_HUGE`, so a canary's gradient stays what it was at first.
+# What is read off starts at 0 and has all its digits however small it is.
+_DRIFT = 1e-9
+_HUGE = 1e5  # what marks a made-up patient: no gradient of it is below the clip
+_SIZE, _SLICES, _WIDTH = 32, 2, 4  # of the stand-in images and of the discriminator
+# All but the volume, so that the condition draws no tumour: it would overflow at `_HUGE`.
+_FEATURES = [
+    "enhancing_fraction",
+    "oedema_fraction",
+    "sphericity",
+    "position_left",
+    "position_posterior",
+    "position_superior",
+    "t1c_ratio",
+    "flair_ratio",
+]
+# The discriminator starts by taking everything for fake, so surely that a fake's gradient, which is added without noise,
+# is nothing beside a real one's.
+_SURELY_FAKE = -60.0
+
+
+@dataclass(frozen=True)
+class Patients:
+    """Made-up patients, in the shape in which the training of a module takes them.
+
+    Attributes:
+        rows: (N, ...) of a statistic: rows; of a network over profiles: genes; of the GAN: slices.
+        morphology: (N, F), for the GAN and the radiogenomic DNN.
+        labels: (N,).
+    """
+
+    rows: Tensor
+    morphology: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, keep: Tensor) -> Patients:
+        return Patients(self.rows[keep], self.morphology[keep], self.labels[keep])
+
+    def __add__(self, other: Patients) -> Patients:
+        return Patients(
+            torch.cat([self.rows, other.rows]),
+            torch.cat([self.morphology, other.morphology]),
+            torch.cat([self.labels, other.labels]),
+        )
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A module of a plan with a small network, and the weights that it starts from.
+
+    Attributes:
+        module: which.
+        plan: the plan with the stand-in in it; not a plan that could be approved, since nothing is trained with it.
+        weights: what the coordinator would send.
+        local: what the site would keep (a discriminator).
+        unit: by what a change of the weights after one step is multiplied to give the sum that the step released; for
+            the GAN, by what the first moment of the discriminator's optimiser is.
+    """
+
+    module: Module
+    plan: StudyPlan
+    weights: State
+    local: State
+    unit: float
+
+    def block(
+        self, patients: Patients, mechanism: Mechanism, randomness: Randomness, local: State | None = None
+    ) -> BlockResult:
+        """One block of the client's own training of the module."""
+        kept = self.local if local is None else local
+        return run_block(self.plan, self.module, self.weights, kept, patients, mechanism, randomness)
+
+
+def run_block(
+    plan: StudyPlan,
+    module: Module,
+    weights: State,
+    local: State,
+    patients: Patients,
+    mechanism: Mechanism,
+    randomness: Randomness,
+) -> BlockResult:
+    """The client's training of `module`, as `fedsynth_client.rounds` calls it.
+
+    The functions are looked up in their modules at each call, so that what is audited is what a site would run.
+    """
+    match module:
+        case "moments" | "embedding":
+            norm = plan.training(module).max_grad_norm
+            return statistic.release_statistic(patients.rows, mechanism, norm, randomness)
+        case "autoencoder":
+            return profiles.train_autoencoder(plan, weights, patients.rows, mechanism, randomness)
+        case "radiogenomics":
+            return profiles.train_radiogenomics(
+                plan, weights, patients.rows, patients.morphology, patients.labels, mechanism, randomness
+            )
+        case "gan":
+            images = ImagePatients(patients.rows, patients.morphology, patients.labels)
+            pool = SyntheticProfiles(torch.zeros(1, 2), torch.full((1, len(_FEATURES)), 0.5), torch.zeros(1).long())
+            return adversarial.train_gan(plan, weights, local, pool, images, mechanism, randomness)
+
+
+def stand_in(plan: StudyPlan, module: Module, genes: int, noise: float) -> StandIn:
+    """The stand-in of `module`.
+
+    Args:
+        plan: the plan that is audited.
+        module: one of its modules.
+        genes: length of a profile, or of a statistic's row.
+        noise: about how large, in clipping norms, an entry of what a step releases is: it sets the scale on which Adam
+            is proportional.
+    """
+    if module == "autoencoder":
+        return _autoencoder(plan, genes, noise)
+    if module == "radiogenomics":
+        return _radiogenomics(plan, genes, noise)
+    if module == "gan":
+        return _gan(plan, plan.gan.max_grad_norm)
+    return StandIn(module, plan, {}, {}, 1.0)
+
+
+def proportional_gan(plan: StudyPlan, noise: float) -> StandIn:
+    """The stand-in of the GAN with another clipping norm, so small that Adam is proportional; `noise` as in `stand_in`.
+
+    The number of fakes is that of the expected batch, which can therefore not be made large instead. A clipping norm is
+    only the unit of the noise. The unit of this stand-in is that of the discriminator's weights, not of its moments.
+    """
+    clip = _SMALL * ADAM_EPSILON * plan.gan.expected_batch / noise
+    found = _gan(plan, clip)
+    return replace(found, unit=ADAM_EPSILON * plan.gan.expected_batch / found.plan.gan.learning_rate)
+
+
+def canary_patients(module: Module, plan: StudyPlan, count: int) -> Patients:
+    """`count` made-up patients whose clipped contributions are as far apart as the stand-in allows.
+
+    Statistics: each has a coordinate of its own. Networks over profiles: each expresses one gene, and that far beyond any
+    real patient. GAN: each has one bright patch, in its own place and channel and of its own pattern, and one extreme
+    feature of morphology.
+    """
+    labels = torch.zeros(count, dtype=torch.int64)
+    if module == "gan":
+        return _image_canaries(count, labels)
+    scale = 10 * plan.training(module).max_grad_norm * (count if module == "autoencoder" else _HUGE)
+    return Patients(torch.eye(count) * scale, torch.zeros(count, 1), labels)
+
+
+def alike(module: Module, plan: StudyPlan, genes: int, count: int) -> Patients:
+    """`count` patients who are all the first canary: an un-noised sum is their number times its clipped contribution."""
+    return canary_patients(module, plan, genes)[torch.zeros(count, dtype=torch.int64)]
+
+
+def released(stand: StandIn, result: BlockResult) -> State:
+    """What the last step of a block released, read off its result: by parameter, in clipping norms.
+
+    Exact, up to rounding, for blocks of one step. For longer blocks it is the sum over steps s of a weight times what
+    step s released, see `step_weights`.
+    """
+    norm = stand.plan.training(stand.module).max_grad_norm
+    if stand.module == "gan":
+        moments = {name: t for name, t in result.local.items() if name.startswith("exp_avg/")}
+        return {name.removeprefix("exp_avg/"): t.double() * stand.unit / norm for name, t in moments.items()}
+    if not stand.weights:
+        return {name: tensor.double() / norm for name, tensor in result.weights.items()}
+    return {
+        # What starts at 0 is known to all its digits; a small change of a larger number is not.
+        name: -tensor.double() * stand.unit / norm
+        for name, tensor in result.weights.items()
+        if not bool(stand.weights[name].any())
+    }
+
+
+def flat(state: State) -> Tensor:
+    """All values of a state dict in a row, in the order of names."""
+    return torch.cat([state[name].flatten() for name in sorted(state)])
+
+
+def step_weights(stand: StandIn, steps: int) -> Tensor:
+    """(steps,) by what the noise of each step of a block is weighed in what `released` reads off."""
+    if stand.module == "gan":  # the first moment itself, whose memory is 0.5
+        return 0.5 ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
+    if not stand.weights:
+        return torch.ones(steps, dtype=torch.float64)
+    # Adam's corrected first moments, memory 0.9, summed over the steps.
+    memory, times = 0.9, torch.arange(1, steps + 1, dtype=torch.float64)
+    moved = (1 - memory) * memory ** (times[None, :] - times[:, None]) / (1 - memory ** times[None, :])
+    return torch.where(times[None, :] >= times[:, None], moved, 0.0).sum(1)
+
+
+def _over_profiles(plan: StudyPlan, genes: int) -> StudyPlan:
+    panel = plan.genes.model_copy(
+        update={"panel": [f"G{i}" for i in range(genes)], "center": [0.0] * genes, "scale": [1.0] * genes}
+    )
+    morphology = plan.morphology.model_copy(update={"features": ["sphericity"], "reference_sd": []})
+    return plan.model_copy(update={"genes": panel, "morphology": morphology})
+
+
+def _scaled(clip: float, noise: float) -> tuple[dict[str, float], float]:
+    """Expected batch and learning rate that make Adam proportional, and the unit of `StandIn`."""
+    batch = math.ceil(noise * clip / (_SMALL * ADAM_EPSILON))
+    rate = _DRIFT / _SMALL
+    return {"expected_batch": batch, "learning_rate": rate}, ADAM_EPSILON * batch / rate
+
+
+def _autoencoder(plan: StudyPlan, genes: int, noise: float) -> StandIn:
+    scaled, unit = _scaled(plan.autoencoder.max_grad_norm, noise)
+    section = plan.autoencoder.model_copy(
+        update={**scaled, "hidden": [4], "latent_dim": 1, "activation": "tanh", "variational": True}
+    )
+    small = _over_profiles(plan, genes).model_copy(update={"autoencoder": section})
+    weights = {name: torch.zeros_like(tensor) for name, tensor in make_autoencoder(small).state_dict().items()}
+    # The last layer is 0, so nothing is learned before it, and what is learned in it is a row for each gene.
+    weights["decoder.0.bias"].fill_(2.0)
+    return StandIn("autoencoder", small, weights, {}, unit)
+
+
+def _radiogenomics(plan: StudyPlan, genes: int, noise: float) -> StandIn:
+    scaled, unit = _scaled(plan.radiogenomics.max_grad_norm, noise)
+    section = plan.radiogenomics.model_copy(update={**scaled, "hidden": [4], "dropout": 0.0})
+    autoencoder = plan.autoencoder.model_copy(update={"activation": "tanh"})
+    small = _over_profiles(plan, genes).model_copy(update={"radiogenomics": section, "autoencoder": autoencoder})
+    weights = {name: torch.zeros_like(tensor) for name, tensor in make_radiogenomic_dnn(small).state_dict().items()}
+    # The first layer is 0, so a gene of `_HUGE` does not saturate it, and its column is nearly the whole gradient.
+    weights["hidden.0.bias"].fill_(0.5)
+    weights["morphology.weight"].fill_(1.0)
+    return StandIn("radiogenomics", small, weights, {}, unit)
+
+
+def _gan(plan: StudyPlan, clip: float) -> StandIn:
+    section = plan.gan.model_copy(
+        update={
+            "latent_dim": 2,
+            "generator_width": 2,
+            "discriminator_width": _WIDTH,
+            "generator_batch": 1,
+            "discriminator_trains": "all",
+            "generator_trains": "all",
+            "augmentation": [],
+            "max_grad_norm": clip,
+            "learning_rate": _DRIFT / _SMALL,
+        }
+    )
+    small = plan.model_copy(
+        update={
+            "gan": section,
+            "image": plan.image.model_copy(
+                update={"sequences": ["T1", "T1c", "FLAIR"], "size": _SIZE, "slices": _SLICES}
+            ),
+            "morphology": plan.morphology.model_copy(update={"features": _FEATURES, "reference_sd": []}),
+            "label": LabelPlan(),
+        }
+    )
+    generator = torch.Generator().manual_seed(0)
+    shared, discriminator = make_generator(small), make_discriminator(small)
+    initialise(shared, generator)
+    initialise(discriminator, generator)
+    with torch.no_grad():
+        # With both last layers 0 nothing is learned before them, and what is learned in them is a patient's features.
+        discriminator.score.weight.zero_()
+        discriminator.projection.weight.zero_()
+        discriminator.score.bias.fill_(_SURELY_FAKE)
+    local = {f"model/{name}": tensor.clone() for name, tensor in discriminator.state_dict().items()}
+    # The first moment after a step is half of the gradient, which is the released sum over the expected batch.
+    return StandIn("gan", small, shared.state_dict(), local, 2.0 * section.expected_batch)
+
+
+def _image_canaries(count: int, labels: Tensor) -> Patients:
+    channels, side = 4, 4
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.randint(0, 2, (count, side, side), generator=generator) * 2.0 - 1
+    places = _SIZE // side
+    images = torch.zeros(count, channels, _SIZE, _SIZE)
+    for i in range(count):
+        channel, place = i % channels, (i // channels) % places**2
+        row, column = side * (place // places), side * (place % places)
+        images[i, channel, row : row + side, column : column + side] = patterns[i]
+    morphology = torch.full((count, len(_FEATURES)), 0.5)
+    morphology[torch.arange(count), torch.arange(count) % len(_FEATURES)] = _HUGE
+    slices = images[:, :, None].expand(-1, -1, _SLICES, -1, -1).to(torch.float16)
+    return Patients(slices, morphology, labels)
