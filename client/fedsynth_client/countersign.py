@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,13 +29,12 @@ from fedsynth.countersignature import (
     sign,
 )
 from fedsynth.deployment.keys import check_private, write_private
-from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.errors import Refused, UsageError
 from fedsynth.files import sha256_file, write_atomic
 from fedsynth.judging import judge
 from fedsynth.limits import FILE as LIMITS
 from fedsynth.limits import VIEWS, Limits, load_limits
-from fedsynth.plan import MODULES, StudyPlan, load_plan
+from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.released import read_release
 from fedsynth.statement import PrivacyStatement, SiteStatement
 from fedsynth.sums import content_digest, content_faults
@@ -212,7 +210,7 @@ def _stated(candidate: Path, plan: StudyPlan, name: str) -> tuple[PrivacyStateme
 
 
 def _ledger_agrees(site: Site, plan: StudyPlan, statement: PrivacyStatement, stated: SiteStatement) -> str:
-    """Compare what is stated of this site with its ledger, in both directions."""
+    """Compare what is stated of this site with its whole ledger: entry, epsilon of both kinds of patients, and noise."""
     ledger = site.ledger()
     entries = ledger.entries()
     place = next((entry.sequence for entry in entries if entry.digest == stated.ledger_head), None)
@@ -222,39 +220,35 @@ def _ledger_agrees(site: Site, plan: StudyPlan, statement: PrivacyStatement, sta
             f"The privacy statement quotes the ledger entry {stated.ledger_head[:12]}, which this ledger does not have.",
             "Do not sign. The statement is about another ledger, or this one is an older copy.",
         )
-    until = _spent(entries[:place], plan)
-    now = _spent(entries, plan)
-    if abs(until - stated.epsilon) > _TOLERANCE:
-        raise Refused(
-            "ledger_disagrees",
-            f"The privacy statement says that this site spent epsilon {stated.epsilon:.4f}; its ledger says {until:.4f}.",
-            "Do not sign; ask the coordinator.",
-        )
-    if now > stated.epsilon + _TOLERANCE:
-        raise Refused(
-            "ledger_disagrees",
-            f"Since the entry that is quoted, this study spent more: epsilon {now:.4f}, not {stated.epsilon:.4f}.",
-            "Ask for a candidate whose statement counts everything.",
-        )
+    delta, accountant = plan.privacy.delta, plan.privacy.accountant
+    spent = ledger.epsilon(delta, accountant, plan.digest)
+    _check_spent("training", stated.epsilon, spent)
+    evaluated = any(entry.kind == "charge" and _is_evaluation(entry, plan) for entry in entries)
+    if stated.holdout is not None or evaluated:
+        held_out = ledger.epsilon(delta, accountant, plan.digest, population="holdout")
+        _check_spent("held-out", stated.holdout.epsilon if stated.holdout else 0.0, held_out)
     if statement.private and not ledger.is_private(plan.digest):
         raise Refused(
             "ledger_disagrees", "The statement calls the study private; some noise of this site came from a seed."
         )
     return (
-        f"This site spent epsilon {until:.4f} of {plan.privacy.epsilon:g} at delta {plan.privacy.delta:g}: its ledger says "
-        f"so, at entry {place} of {len(entries)}."
+        f"This site spent epsilon {spent:.4f} of {plan.privacy.epsilon:g} at delta {delta:g}: its ledger says so; the "
+        f"statement quotes entry {place} of {len(entries)}."
     )
 
 
-def _spent(entries: list[Entry], plan: StudyPlan) -> float:
-    """Epsilon of training patients in this study; equal mechanisms are merged, as the ledger composes them."""
-    steps: Counter[tuple[float, float]] = Counter()
-    for entry in entries:
-        body = entry.body
-        if entry.kind == "charge" and body["study"] == plan.digest and body["module"] in MODULES:
-            steps[body["sample_rate"], body["noise_multiplier"]] += body["steps"]
-    history = [Mechanism(rate, sigma, count) for (rate, sigma), count in steps.items()]
-    return epsilon(history, plan.privacy.delta, plan.privacy.accountant)
+def _is_evaluation(entry: Entry, plan: StudyPlan) -> bool:
+    return bool(entry.body["study"] == plan.digest and entry.body["module"] == "evaluation")
+
+
+def _check_spent(people: str, stated: float, spent: float) -> None:
+    if abs(stated - spent) > _TOLERANCE:
+        raise Refused(
+            "ledger_disagrees",
+            f"The privacy statement says that this site spent epsilon {stated:.4f} of {people} patients in this study; its "
+            f"ledger says {spent:.4f}.",
+            "Do not sign. Where the site has answered since, ask for a candidate whose statement counts everything.",
+        )
 
 
 def _own_attacks(

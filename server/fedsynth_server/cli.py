@@ -83,7 +83,10 @@ AttacksFile = Annotated[
 ]
 AuditFile = Annotated[Path | None, typer.Option("--audit", help="The audit of the plan (fedsynth evaluate audit).")]
 SiteEvaluationFile = Annotated[
-    Path | None, typer.Option("--site-evaluation", help="What sites found on their held-out patients.")
+    Path | None,
+    typer.Option(
+        "--site-evaluation", help="What sites found on their held-out patients, where it is not that of STUDY."
+    ),
 ]
 Override = Annotated[
     list[str] | None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypedDict
@@ -13,6 +13,7 @@ from fedsynth.attacks.values import Attacks
 from fedsynth.auditing.values import Audit
 from fedsynth.countersignature import Countersignature, read_countersignature
 from fedsynth.errors import Refused, UsageError
+from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.site_values import SiteEvaluation
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.limits import Limits, load_limits
@@ -73,7 +74,8 @@ def release_study(
 ) -> Path:
     """Draw `patients` from the study in `folder` and write the release `out`, signed with `key`.
 
-    Without a key only its candidate is made.
+    Without a key only its candidate is made. What sites found on their held-out patients is taken from the study's folder,
+    unless it is given.
 
     Returns:
         The release or the candidate.
@@ -87,7 +89,10 @@ def release_study(
     if state is None:
         raise Refused("study_not_started", f"{folder} holds no checkpoint.", "Run the study first.")
     statement = privacy_statement(plan, state)
-    found = (evidence or EvidenceFiles()).read()
+    given = evidence or EvidenceFiles()
+    if given.site_evaluation is None and (folder / SITE_EVALUATION).is_file():
+        given = replace(given, site_evaluation=folder / SITE_EVALUATION)
+    found = given.read()
     asked = load_limits(limits) if limits else Limits()
     generator = torch.Generator()
     generator.seed()

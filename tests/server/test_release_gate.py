@@ -1,0 +1,545 @@
+"""Every condition of a release, each with a planted failure: refused in its own words and with a remedy."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsynth.attacks.values import Attacks, CopyCheck, MembershipAttack, OperatingPoint, Rate
+from fedsynth.auditing.values import Audit
+from fedsynth.errors import Refused, UsageError
+from fedsynth.evaluation.values import NOT_PUBLIC, Evaluation
+from fedsynth.files import read_json, write_json
+from fedsynth.limits import TEMPLATE, AttributeLimits, CopyLimits, Limits, MembershipLimits, load_limits
+from fedsynth.plan import StudyPlan
+from fedsynth.statement import PrivacyStatement
+from fedsynth_server.cli import release as release_app
+from fedsynth_server.release import make as make_module
+from fedsynth_server.release.checks import Check
+from fedsynth_server.release.decision import GateCheck, GateDecision, OverrideRequest
+from fedsynth_server.release.make import ReleaseRefused, finish_release
+from fedsynth_server.release.manifest import load_key, write_manifest
+from fedsynth_server.release.verify import verify
+
+Make = Callable[..., Path]
+
+WHY = OverrideRequest("The ethics board asked for it in writing.", "head of the study", ("audit",))
+
+
+@pytest.fixture
+def quick(make: Make) -> Make:
+    """Without DICOM, which takes most of the time and which the gate does not depend on."""
+    return lambda out, **changes: make(out, **({"formats": {"bids"}} | changes))
+
+
+def refused(quick: Make, out: Path, **changes: Any) -> dict[str, GateCheck]:
+    """The checks that failed, by id, of a release that must be refused."""
+    with pytest.raises(ReleaseRefused) as refusal:
+        quick(out, **changes)
+    assert refusal.value.code == "release_gate"
+    assert not out.exists()
+    failed = {check.id: check for check in refusal.value.decision.failed}
+    for check in failed.values():  # cause and remedy of each reach whoever typed the command
+        assert check.finding in refusal.value.message
+        assert check.remedy and check.remedy in refusal.value.message
+    return failed
+
+
+def with_membership(attacks: Attacks, number: int, **changes: Any) -> Attacks:
+    """`attacks` with values of one membership attack changed."""
+    changed = list(attacks.membership)
+    changed[number] = changed[number].model_copy(update=changes)
+    return attacks.model_copy(update={"membership": changed})
+
+
+def at_one_percent(attack: MembershipAttack, found: Rate, reached: Rate) -> list[OperatingPoint]:
+    return [
+        point.model_copy(update={"true_positive_rate": found, "reached": reached}) if point.asked == 0.01 else point
+        for point in attack.points
+    ]
+
+
+# ---- what passes
+
+
+def test_a_release_that_meets_every_condition_says_so_and_verifies(made: Path) -> None:
+    decision = GateDecision.model_validate(read_json(made / "gate.json"))
+    assert decision.failed == [] and decision.override is None
+    assert [check.id for check in decision.checks] == [
+        "ledgers",
+        "private",
+        "audit",
+        "membership-release",
+        "membership-coordinator",
+        "attributes",
+        "copies",
+        "evidence",
+        "files",
+        "identifiers",
+        "countersignatures",
+    ]
+    result = verify(made, made / "release.pub.pem")
+    assert result.ok and result.status("gate") == "ok" and result.warnings == []
+    listed = (made / "SHA256SUMS").read_text()
+    assert all(
+        name in listed for name in ("gate.json", "attacks.json", "audit.json", "limits.toml", "CONTENT.SHA256SUMS")
+    )
+
+
+def test_a_decision_is_about_the_files_and_not_about_what_was_in_memory(
+    made: Path, quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    dicom_alone = quick(tmp_path / "dicom", formats={"dicom"})
+    subjects = {GateDecision.model_validate(read_json(out / "gate.json")).subject for out in (made, dicom_alone)}
+    assert subjects == {release_attacks.subject}
+
+
+# ---- the audit
+
+
+def test_no_audit_is_refused(quick: Make, tmp_path: Path) -> None:
+    failed = refused(quick, tmp_path / "out", audit=None)
+    assert list(failed) == ["audit"] and failed["audit"].overridable
+    assert "No audit" in failed["audit"].finding
+    assert "fedsynth evaluate audit" in failed["audit"].remedy
+
+
+def test_an_audit_of_another_version_of_the_code_is_refused(quick: Make, tmp_path: Path, release_audit: Audit) -> None:
+    failed = refused(quick, tmp_path / "out", audit=release_audit.model_copy(update={"code": "ab" * 32}))
+    assert "it is of other code (abababababab" in failed["audit"].finding
+    assert "this very version" in failed["audit"].remedy
+
+
+def test_an_audit_of_another_plan_is_refused_for_good(quick: Make, tmp_path: Path, release_audit: Audit) -> None:
+    failed = refused(quick, tmp_path / "out", audit=release_audit.model_copy(update={"plan_digest": "ab" * 32}))
+    assert "it is of plan abababababab" in failed["audit"].finding
+    assert "audit.json is of another plan" in failed["evidence"].finding
+    assert not failed["evidence"].overridable
+
+
+def test_an_audit_that_left_a_module_out_is_refused(quick: Make, tmp_path: Path, release_audit: Audit) -> None:
+    short = release_audit.model_copy(update={"modules": release_audit.modules[:-1]})
+    assert "gan was not audited" in refused(quick, tmp_path / "out", audit=short)["audit"].finding
+
+
+def test_an_audit_that_tested_nothing_directly_is_refused(quick: Make, tmp_path: Path, release_audit: Audit) -> None:
+    bare = release_audit.model_copy(update={"checks": []})
+    assert "no property" in refused(quick, tmp_path / "out", audit=bare)["audit"].finding
+
+
+def test_a_refuted_epsilon_is_refused_by_how_much_and_nobody_can_override_it(
+    quick: Make, tmp_path: Path, release_audit: Audit
+) -> None:
+    gan = release_audit.modules[-1].model_copy(update={"epsilon_bound": 4.25})
+    audit = release_audit.model_copy(update={"modules": [*release_audit.modules[:-1], gan]})
+    failed = refused(quick, tmp_path / "out", audit=audit, override=WHY)
+    assert "at least 4.250 (95% confidence), 1.250 above the 3.000 claimed" in failed["audit"].finding
+    assert not failed["audit"].overridable
+    assert "train anew" in failed["audit"].remedy
+
+
+def test_a_claim_above_the_budget_cannot_excuse_a_bound(quick: Make, tmp_path: Path, release_audit: Audit) -> None:
+    gan = release_audit.modules[-1].model_copy(update={"epsilon_bound": 20.0, "claimed_epsilon": 30.0})
+    audit = release_audit.model_copy(update={"modules": [*release_audit.modules[:-1], gan]})
+    assert "more than the plan's budget" in refused(quick, tmp_path / "out", audit=audit)["audit"].finding
+
+
+def test_a_mechanism_that_is_not_what_it_should_be_is_refused_for_good(
+    quick: Make, tmp_path: Path, release_audit: Audit
+) -> None:
+    broken = release_audit.checks[0].model_copy(update={"ok": False, "finding": "Noise of 1.25 in place of 2.50."})
+    failed = refused(quick, tmp_path / "out", audit=release_audit.model_copy(update={"checks": [broken]}))
+    assert "Noise of 1.25 in place of 2.50" in failed["audit"].finding
+    assert not failed["audit"].overridable
+
+
+# ---- attacks
+
+
+@pytest.mark.parametrize(("number", "view"), [(0, "release"), (1, "coordinator")])
+def test_an_attack_that_surely_beats_chance_is_refused_by_how_much(
+    quick: Make, tmp_path: Path, release_attacks: Attacks, number: int, view: str
+) -> None:
+    strong = with_membership(release_attacks, number, site="north", area=Rate(value=0.7, low=0.62, high=0.78))
+    failed = refused(quick, tmp_path / "out", attacks=strong)
+    assert list(failed) == [f"membership-{view}"]
+    check = failed[f"membership-{view}"]
+    assert "north: area 0.700, at least 0.620, which is 0.070 above the limit of 0.55" in check.finding
+    assert check.overridable and "smaller epsilon" in check.remedy
+
+
+def test_an_interval_that_reaches_over_the_limit_is_luck(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    lucky = with_membership(release_attacks, 0, area=Rate(value=0.62, low=0.549, high=0.69))
+    assert verify(quick(tmp_path / "out", attacks=lucky)).ok
+
+
+def test_finding_few_members_for_sure_is_refused(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    points = at_one_percent(
+        release_attacks.membership[0], Rate(value=0.12, low=0.09, high=0.16), Rate(value=0.01, low=0.002, high=0.029)
+    )
+    failed = refused(quick, tmp_path / "out", attacks=with_membership(release_attacks, 0, points=points))
+    assert (
+        "finds 12.0% of the members, at least 9.0%, at 1% false positives, which is 4.0% above the limit of 5.0%"
+        in (failed["membership-release"].finding)
+    )
+
+
+def test_few_non_members_leave_the_false_positive_rate_open(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    """Above all of 30 others: the true false positive rate may be 11.6 %, so 9 % true positives show nothing."""
+    points = at_one_percent(
+        release_attacks.membership[0], Rate(value=0.12, low=0.09, high=0.16), Rate(value=0.0, low=0.0, high=0.116)
+    )
+    assert verify(quick(tmp_path / "out", attacks=with_membership(release_attacks, 0, points=points))).ok
+
+
+def test_an_attack_that_proves_more_than_is_claimed_is_refused_for_good(
+    quick: Make, tmp_path: Path, release_attacks: Attacks, release_statement: PrivacyStatement
+) -> None:
+    claimed = release_statement.sites[0].epsilon
+    proving = with_membership(release_attacks, 0, site="north", epsilon_bound=claimed + 0.5)
+    failed = refused(quick, tmp_path / "out", attacks=proving)["membership-release"]
+    assert f"an epsilon of at least {claimed + 0.5:.2f}, 0.50 above the {claimed:.2f} that is claimed" in failed.finding
+    assert not failed.overridable
+    assert "privacy statement is wrong" in failed.remedy
+
+
+def test_attacks_on_other_patients_are_refused_for_good(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    failed = refused(quick, tmp_path / "out", attacks=release_attacks.model_copy(update={"subject": "ab" * 32}))
+    assert set(failed) == {"membership-release", "membership-coordinator", "attributes", "copies", "evidence"}
+    assert "attacks.json is about other synthetic patients (abababababab" in failed["evidence"].finding
+    assert "other synthetic patients" in failed["copies"].finding
+
+
+def test_no_attacks_are_refused_and_both_ways_out_are_named(quick: Make, tmp_path: Path) -> None:
+    failed = refused(quick, tmp_path / "out", attacks=None)
+    assert set(failed) == {"membership-release", "membership-coordinator", "attributes", "copies"}
+    for check in failed.values():
+        assert (
+            "No attacks were given, and of the 2 contributing sites north, south did not countersign" in check.finding
+        )
+        assert "fedsynth evaluate attacks" in check.remedy and "fedsynth site countersign" in check.remedy
+
+
+def test_an_attack_on_a_handful_of_patients_counts_for_nothing(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    small = with_membership(release_attacks, 1, non_members=8)
+    failed = refused(quick, tmp_path / "out", attacks=small)["membership-coordinator"]
+    assert "8 members" in failed.finding and "the limits ask for 20" in failed.finding
+    assert "more patients" in failed.remedy
+
+
+def test_attributes_that_are_guessed_better_of_members_are_refused(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    gap = release_attacks.attributes[0].model_copy(update={"gap": Rate(value=0.2, low=0.12, high=0.28)})
+    failed = refused(quick, tmp_path / "out", attacks=release_attacks.model_copy(update={"attributes": [gap]}))
+    assert (
+        "0.200 higher on members, at least 0.120, which is 0.070 above the limit of 0.05"
+        in failed["attributes"].finding
+    )
+    none = refused(quick, tmp_path / "none", attacks=release_attacks.model_copy(update={"attributes": []}))
+    assert "not tried" in none["attributes"].finding
+
+
+@pytest.mark.parametrize("of", ["images", "genes"])
+def test_a_copy_beyond_chance_is_refused(quick: Make, tmp_path: Path, release_attacks: Attacks, of: str) -> None:
+    def copied(check: CopyCheck, found: int, found_holdout: int) -> CopyCheck:
+        return check.model_copy(update={"found": found, "found_holdout": found_holdout}) if check.of == of else check
+
+    planted = [copied(check, 2, 1) for check in release_attacks.copies]
+    failed = refused(quick, tmp_path / "out", attacks=release_attacks.model_copy(update={"copies": planted}))
+    assert f"{of}: 2 of 3 synthetic patients repeat one who was trained on, 1 a held-out one, the limit is 0 more" in (
+        failed["copies"].finding
+    )
+    assert "Remove what repeats a person" in failed["copies"].remedy
+    chance = [copied(check, 1, 1) for check in release_attacks.copies]
+    assert verify(quick(tmp_path / "chance", attacks=release_attacks.model_copy(update={"copies": chance}))).ok
+
+
+def test_copies_that_nobody_looked_for_are_refused(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    only = [check for check in release_attacks.copies if check.of == "genes"]
+    failed = refused(quick, tmp_path / "out", attacks=release_attacks.model_copy(update={"copies": only}))
+    assert "Nobody looked for copies of images" in failed["copies"].finding
+
+
+# ---- limits
+
+
+def test_what_limits_do_not_ask_for_is_said_to_the_recipient(quick: Make, tmp_path: Path) -> None:
+    nothing = Limits(
+        reason="There are no real patients at the coordinator.",
+        membership=MembershipLimits(views=[]),
+        attributes=AttributeLimits(asked=False),
+        copies=CopyLimits(asked=False),
+    )
+    out = quick(tmp_path / "out", limits=nothing, attacks=None)
+    result = verify(out, out / "release.pub.pem")
+    assert result.ok
+    assert sum(warning.startswith("Not checked: ") for warning in result.warnings) == 4
+    assert all("no real patients at the coordinator" in warning for warning in result.warnings)
+
+
+def test_limits_that_leave_something_out_need_a_reason() -> None:
+    with pytest.raises(ValueError, match="reason"):
+        Limits(copies=CopyLimits(asked=False))
+
+
+def test_the_template_of_limits_is_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "limits.toml"
+    assert CliRunner().invoke(release_app, ["limits", "--out", str(path)]).exit_code == 0
+    assert path.read_text() == TEMPLATE
+    assert load_limits(path) == Limits()
+
+
+# ---- ledgers, noise, files
+
+
+def test_a_site_that_contributed_without_a_receipt_is_refused_for_good(
+    quick: Make, tmp_path: Path, release_statement: PrivacyStatement
+) -> None:
+    north, _ = release_statement.sites
+    curves = {"gan": [{"round": 1, "site": "north", "loss": 0.7}, {"round": 1, "site": "south", "loss": 0.7}]}
+    failed = refused(
+        quick, tmp_path / "out", curves=curves, statement=release_statement.model_copy(update={"sites": [north]})
+    )
+    assert "site south contributed, but no receipt of its ledger is there" in failed["ledgers"].finding
+    assert not failed["ledgers"].overridable
+    assert "receipts" in failed["ledgers"].remedy
+
+
+def test_a_site_without_a_ledger_entry_is_refused(
+    quick: Make, tmp_path: Path, release_statement: PrivacyStatement
+) -> None:
+    north, south = release_statement.sites
+    blank = south.model_copy(update={"ledger_head": "0" * 64})
+    failed = refused(quick, tmp_path / "out", statement=release_statement.model_copy(update={"sites": [north, blank]}))
+    assert "site south states no entry of its ledger" in failed["ledgers"].finding
+
+
+def test_a_module_that_was_trained_without_a_charge_is_refused(
+    quick: Make, tmp_path: Path, release_statement: PrivacyStatement
+) -> None:
+    north, south = release_statement.sites
+    silent = north.model_copy(update={"mechanisms": [each for each in north.mechanisms if each.module != "gan"]})
+    failed = refused(quick, tmp_path / "out", statement=release_statement.model_copy(update={"sites": [silent, south]}))
+    assert "site north contributed to gan, which it states no charge of" in failed["ledgers"].finding
+
+
+def test_damaged_files_and_identifiers_are_refused_for_good(
+    quick: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = make_module.content_checks
+
+    def planted(release: Any) -> list[Check]:
+        faults = {"geometry": "an image is not on the grid", "identifiers": "has a name in PatientName"}
+        return [
+            Check(each.name, "failed", faults[each.name]) if each.name in faults else each for each in honest(release)
+        ]
+
+    monkeypatch.setattr(make_module, "content_checks", planted)
+    failed = refused(quick, tmp_path / "out")
+    assert failed["files"].finding == "geometry: an image is not on the grid."
+    assert failed["identifiers"].finding == "has a name in PatientName."
+    assert not failed["files"].overridable and not failed["identifiers"].overridable
+
+
+def test_evidence_that_may_not_leave_its_site_is_refused_for_good(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    kept = release_attacks.model_copy(update={"data": f"real patients ({NOT_PUBLIC})"})
+    failed = refused(quick, tmp_path / "out", attacks=kept)
+    assert "attacks.json was computed on patients who are not public" in failed["evidence"].finding
+    assert not failed["evidence"].overridable
+
+
+def test_an_evaluation_of_other_patients_is_refused(quick: Make, tmp_path: Path) -> None:
+    other = Evaluation(subject="ab" * 32, data="simulated", n_train=1, n_holdout=1, n_synthetic=3, sections=[])
+    failed = refused(quick, tmp_path / "out", evaluation=other)
+    assert "evaluation.json is about other synthetic patients" in failed["evidence"].finding
+
+
+# ---- candidate
+
+
+def test_a_refusal_keeps_what_was_drawn_and_the_release_can_be_finished(
+    quick: Make, tmp_path: Path, release_key: Path, release_audit: Audit
+) -> None:
+    with pytest.raises(ReleaseRefused) as refusal:
+        quick(tmp_path / "out", audit=None)
+    candidate = tmp_path / "out-candidate"
+    assert refusal.value.candidate == candidate
+    assert str(candidate) in refusal.value.hint
+    result = verify(candidate)
+    assert not result.ok and result.status("manifest") == "ok"
+    assert "this is a candidate" in next(each.reason for each in result.checks if each.name == "signature")
+    assert "NOT A RELEASE" in (candidate / "CANDIDATE.json").read_text()
+    before = (candidate / "CONTENT.SHA256SUMS").read_bytes()
+    out = finish_release(candidate, tmp_path / "out", release_key, audit=release_audit)
+    assert verify(out).ok
+    assert (out / "CONTENT.SHA256SUMS").read_bytes() == before
+    assert not (out / "CANDIDATE.json").exists()
+
+
+def test_finishing_gives_the_same_release_as_one_step(
+    made: Path, quick: Make, tmp_path: Path, release_key: Path, release_audit: Audit
+) -> None:
+    with pytest.raises(ReleaseRefused):
+        quick(tmp_path / "out", audit=None, formats={"bids", "dicom"})
+    out = finish_release(tmp_path / "out-candidate", tmp_path / "out", release_key, audit=release_audit)
+    assert (out / "SHA256SUMS").read_bytes() == (made / "SHA256SUMS").read_bytes()
+
+
+def test_a_candidate_is_not_drawn_over(quick: Make, tmp_path: Path) -> None:
+    (tmp_path / "out-candidate").mkdir()
+    with pytest.raises(Refused, match="Finish that candidate") as refusal:
+        quick(tmp_path / "out")
+    assert refusal.value.code == "release_exists"
+
+
+def test_a_candidate_that_was_altered_or_added_to_is_refused(
+    quick: Make, tmp_path: Path, release_key: Path, release_audit: Audit
+) -> None:
+    with pytest.raises(ReleaseRefused):
+        quick(tmp_path / "out", audit=None)
+    candidate = tmp_path / "out-candidate"
+    (candidate / "attacks-north.json").write_text("{}")
+    with pytest.raises(Refused, match="attacks-north") as refusal:
+        finish_release(candidate, tmp_path / "out", release_key, audit=release_audit)
+    assert refusal.value.code == "candidate_has_more"
+    (candidate / "attacks-north.json").unlink()
+    limits = (candidate / "limits.toml").read_text()
+    (candidate / "limits.toml").write_text(limits.replace("area = 0.55", "area = 0.95"))
+    with pytest.raises(ReleaseRefused, match="altered: limits"):
+        finish_release(candidate, tmp_path / "out", release_key, audit=release_audit)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_candidate_is_named(made: Path, tmp_path: Path, release_key: Path) -> None:
+    with pytest.raises(UsageError) as refusal:
+        finish_release(made, tmp_path / "out", release_key)
+    assert refusal.value.code == "candidate_missing"
+
+
+# ---- override
+
+
+def test_an_override_is_signed_recorded_shown_first_and_warned_of(quick: Make, tmp_path: Path) -> None:
+    out = quick(tmp_path / "out", audit=None, override=WHY)
+    decision = GateDecision.model_validate(read_json(out / "gate.json"))
+    assert decision.override is not None and decision.override.failed == ["audit"]
+    result = verify(out, out / "release.pub.pem")
+    assert result.ok
+    loud = result.warnings[0]
+    assert loud.startswith("RELEASED ALTHOUGH CHECKS FAILED (audit)")
+    assert WHY.statement in loud and WHY.responsible in loud
+    report = (out / "report.html").read_text(encoding="utf-8")
+    assert WHY.statement in report and WHY.responsible in report
+
+
+@pytest.mark.parametrize("checks", [("audit", "copies"), ("copies",), ("private",)])
+def test_an_override_names_exactly_what_failed(quick: Make, tmp_path: Path, checks: tuple[str, ...]) -> None:
+    with pytest.raises(ReleaseRefused, match="audit failed") as refusal:
+        quick(tmp_path / "out", audit=None, override=OverrideRequest("Because.", "head", checks))
+    assert refusal.value.code == "override_differs"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_override_of_nothing_is_refused(quick: Make, tmp_path: Path) -> None:
+    with pytest.raises(ReleaseRefused, match="nothing failed"):
+        quick(tmp_path / "out", override=WHY)
+
+
+def test_what_is_never_overridden_is_not(quick: Make, tmp_path: Path, release_statement: PrivacyStatement) -> None:
+    north, south = release_statement.sites
+    blank = south.model_copy(update={"ledger_head": "0" * 64})
+    with pytest.raises(ReleaseRefused, match="states no entry") as refusal:
+        quick(
+            tmp_path / "out",
+            statement=release_statement.model_copy(update={"sites": [north, blank]}),
+            override=OverrideRequest("Trust us.", "head", ("ledgers",)),
+        )
+    assert "Nobody can answer for ledgers" in refusal.value.hint
+
+
+# ---- tampering: by somebody who holds the coordinator's key
+
+
+@pytest.fixture
+def overridden(quick: Make, tmp_path: Path) -> Path:
+    return quick(tmp_path / "overridden", audit=None, override=WHY)
+
+
+def forge(folder: Path, key: Path, change: Callable[[dict[str, Any]], None], name: str = "gate.json") -> str:
+    """Change a file of a release, sign everything anew, and give back what verify says of the gate."""
+    value = read_json(folder / name)
+    change(value)
+    write_json(folder / name, value)
+    write_manifest(folder, load_key(key))
+    result = verify(folder)
+    assert result.status("manifest") == result.status("signature") == "ok"
+    assert not result.ok
+    return next(each.reason for each in result.checks if each.name == "gate")
+
+
+def test_a_failed_check_that_was_painted_over_is_found(overridden: Path, release_key: Path) -> None:
+    def paint(decision: dict[str, Any]) -> None:
+        decision["override"] = None
+        for check in decision["checks"]:
+            check["status"] = "ok"
+
+    said = forge(overridden, release_key, paint)
+    assert "gate.json says ok of audit; found: failed" in said
+    assert "it was released although audit failed" in said
+
+
+def test_an_override_that_was_reworded_is_found(overridden: Path, release_key: Path) -> None:
+    said = forge(overridden, release_key, lambda decision: decision["override"].update(statement="All is well."))
+    assert "the override is not signed with the key of the release" in said
+
+
+def test_an_override_that_was_taken_away_is_found(overridden: Path, release_key: Path) -> None:
+    assert "released although audit failed" in forge(overridden, release_key, lambda d: d.update(override=None))
+
+
+def test_evidence_that_was_changed_after_the_decision_is_found(made: Path, tmp_path: Path, release_key: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+
+    def worsen(attacks: dict[str, Any]) -> None:
+        attacks["membership"][0]["area"] = {"value": 0.9, "low": 0.85, "high": 0.95}
+
+    assert "gate.json says ok of membership-release; found: failed" in forge(copy, release_key, worsen, "attacks.json")
+
+
+def test_a_finding_that_was_reworded_is_found(made: Path, tmp_path: Path, release_key: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    said = forge(copy, release_key, lambda decision: decision["checks"][0].update(finding="Nobody spent anything."))
+    assert "words ledgers otherwise" in said
+
+
+def test_a_release_without_its_decision_fails(made: Path, tmp_path: Path, release_key: Path) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    (copy / "gate.json").unlink()
+    write_manifest(copy, load_key(release_key))
+    result = verify(copy)
+    assert result.status("structure") == "failed" and result.status("gate") == "skipped"
+
+
+def test_a_release_from_before_the_gate_verifies_with_a_warning(
+    made: Path, tmp_path: Path, release_key: Path, release_plan: StudyPlan
+) -> None:
+    old = Path(shutil.copytree(made, tmp_path / "old"))
+    for name in ("gate.json", "limits.toml", "CONTENT.SHA256SUMS", "attacks.json", "audit.json", "DATASHEET.md"):
+        (old / name).unlink()
+    write_json(old / "release.json", read_json(old / "release.json") | {"schema_version": 1})
+    write_manifest(old, load_key(release_key))
+    result = verify(old)
+    assert result.ok
+    assert any("made before there was a gate" in warning for warning in result.warnings)
