@@ -4,8 +4,9 @@ What a recipient has is a folder with ``plan.toml``, three tables and a BIDS tre
 Labels, genes, morphology and masks come back to the last bit, so `fedsynth.synthetic.subject_digest` is the same as
 before the release; intensities come back as they were stored, in steps of 0.001.
 
-Where the folder lists its files in ``SHA256SUMS``, every file is compared with the list before it is used. That shows
-damage, not who made the release: for the signature there is ``fedsynth release verify``.
+Where the folder lists its files (``SHA256SUMS``, or ``CONTENT.SHA256SUMS`` in a release's candidate), every file is compared
+with the list before it is used. That shows damage, not who made the release: for the signature there is ``fedsynth release
+verify``.
 """
 
 from __future__ import annotations
@@ -31,14 +32,55 @@ from numpy.typing import NDArray
 from fedsynth.errors import Refused, UsageError
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.sequences import mr_sequences
+from fedsynth.sums import CONTENT, SUMS, read_sums
 from fedsynth.synthetic import SyntheticPatient
 
 STORED_MAXIMUM = 1000
-_SUMS = "SHA256SUMS"
 _PARTICIPANTS, _MORPHOLOGY, _EXPRESSION = "participants.tsv", "morphology.tsv", "genes/expression.tsv"
 _KEY = "participant_id"
 _PARTICIPANT_ID = re.compile(r"[A-Za-z0-9]{1,32}")
 _SPACING_TOLERANCE_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class Files:
+    """A folder whose files are compared with a list before they are used.
+
+    Attributes:
+        folder: the folder.
+        listed_in: the list; empty where the folder has none.
+        sums: SHA-256 (hex) by path, as the list says.
+    """
+
+    folder: Path
+    listed_in: str
+    sums: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Files:
+        """With the list that there is: of a release, or of its candidate, which is not finished yet.
+
+        Raises:
+            Refused: ``manifest_malformed``.
+        """
+        for name in (SUMS, CONTENT):
+            if (folder / name).is_file():
+                return cls(folder, name, read_sums(folder, name))
+        return cls(folder, "", {})
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file, which are those of the list where there is one.
+
+        Raises:
+            Refused: ``release_damaged``.
+        """
+        try:
+            content = (self.folder / path).read_bytes()
+        except FileNotFoundError:
+            raise _damaged(f"{path} is missing") from None
+        if self.listed_in and self.sums.get(path) != hashlib.sha256(content).hexdigest():
+            raise _damaged(f"{path} is not as {self.listed_in} lists it")
+        return content
 
 
 @dataclass(frozen=True)
@@ -48,22 +90,20 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
     Only tables stay in memory. A patient that is asked for twice is read, and compared with the list of files, twice.
 
     Attributes:
-        folder: the release.
+        files: the release's folder and list.
         plan: its study plan.
         participants: their ids.
         labels: one of the plan's classes each.
         genes: (N, G) float32 on the plan's normalised scale.
         morphology: (N, F) float32 in physical units.
-        sums: SHA-256 (hex) by path; empty where the folder has no list.
     """
 
-    folder: Path
+    files: Files
     plan: StudyPlan
     participants: tuple[str, ...]
     labels: tuple[str, ...]
     genes: NDArray[np.float32]
     morphology: NDArray[np.float32]
-    sums: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.participants)
@@ -80,13 +120,12 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
         """
         if isinstance(index, slice):
             return ReleasedPatients(
-                self.folder,
+                self.files,
                 self.plan,
                 self.participants[index],
                 self.labels[index],
                 self.genes[index],
                 self.morphology[index],
-                self.sums,
             )
         name, image = self.participants[index], self.plan.image
         stem = f"sub-{name}/anat/sub-{name}"
@@ -109,7 +148,7 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
 
     def _volume(self, path: str, low: int, high: int) -> NDArray[np.integer[Any]]:
         """The integers (S, H, W) of an image in LPS order."""
-        content = _read(self.folder, path, self.sums)
+        content = self.files.read(path)
         try:
             image = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
             stored = np.asarray(image.dataobj)
@@ -133,17 +172,17 @@ def read_release(folder: Path) -> ReleasedPatients:
 
     Raises:
         UsageError: ``release_missing`` when `folder` is no release; the errors of `load_plan`.
-        Refused: ``release_damaged``: a file is missing, differs from ``SHA256SUMS``, or does not fit the plan;
-            ``release_without_bids``: it holds no NIfTI images.
+        Refused: ``release_damaged``: a file is missing, differs from the list, or does not fit the plan;
+            ``manifest_malformed``: the list itself; ``release_without_bids``: it holds no NIfTI images.
     """
     if not (folder / "plan.toml").is_file() or not (folder / _PARTICIPANTS).is_file():
         raise UsageError("release_missing", f"{folder} is not a release: it has no plan.toml or no {_PARTICIPANTS}.")
     if not (folder / "bids").is_dir():
         raise Refused("release_without_bids", f"{folder} holds no BIDS tree.", "Ask for the release with its images.")
-    sums = _sums(folder)
-    _read(folder, "plan.toml", sums)
+    files = Files.of(folder)
+    files.read("plan.toml")
     plan = load_plan(folder / "plan.toml")
-    participants, labels = _table(folder, _PARTICIPANTS, [plan.label.name], sums)
+    participants, labels = _table(files, _PARTICIPANTS, [plan.label.name])
     if not participants or len(set(participants)) != len(participants):
         raise _damaged(f"{_PARTICIPANTS} lists nobody, or somebody twice")
     if not all(_PARTICIPANT_ID.fullmatch(name) for name in participants):
@@ -151,41 +190,17 @@ def read_release(folder: Path) -> ReleasedPatients:
     if {row[0] for row in labels} - set(plan.label.classes):
         raise _damaged(f"{_PARTICIPANTS} holds a label that the plan lacks")
     return ReleasedPatients(
-        folder,
+        files,
         plan,
         tuple(participants),
         tuple(row[0] for row in labels),
-        _numbers(folder, _EXPRESSION, plan.genes.panel, participants, sums),
-        _numbers(folder, _MORPHOLOGY, plan.morphology.features, participants, sums),
-        sums,
+        _numbers(files, _EXPRESSION, plan.genes.panel, participants),
+        _numbers(files, _MORPHOLOGY, plan.morphology.features, participants),
     )
 
 
 def _damaged(what: str) -> Refused:
     return Refused("release_damaged", f"The release is damaged: {what}.", "Fetch it again and verify it.")
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    if not (folder / _SUMS).is_file():
-        return {}
-    sums = {}
-    for line in _text((folder / _SUMS).read_bytes(), _SUMS).splitlines():
-        digest, separator, path = line.partition("  ")
-        if not separator or not re.fullmatch("[0-9a-f]{64}", digest) or not path:
-            raise _damaged(f"{_SUMS} holds a line that is no checksum")
-        sums[path] = digest
-    return sums
-
-
-def _read(folder: Path, path: str, sums: Mapping[str, str]) -> bytes:
-    """The bytes of a file, which are those of the list where there is one."""
-    try:
-        content = (folder / path).read_bytes()
-    except FileNotFoundError:
-        raise _damaged(f"{path} is missing") from None
-    if sums and sums.get(path) != hashlib.sha256(content).hexdigest():
-        raise _damaged(f"{path} is not as {_SUMS} lists it")
-    return content
 
 
 def _text(content: bytes, name: str) -> str:
@@ -195,21 +210,17 @@ def _text(content: bytes, name: str) -> str:
         raise _damaged(f"{name} is not UTF-8 text") from None
 
 
-def _table(
-    folder: Path, path: str, columns: Sequence[str], sums: Mapping[str, str]
-) -> tuple[list[str], list[list[str]]]:
+def _table(files: Files, path: str, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Ids and the values of `columns`, one row each."""
-    rows = [line.split("\t") for line in _text(_read(folder, path, sums), path).removesuffix("\n").split("\n")]
+    rows = [line.split("\t") for line in _text(files.read(path), path).removesuffix("\n").split("\n")]
     if rows[0] != [_KEY, *columns] or any(len(row) != len(rows[0]) for row in rows):
         raise _damaged(f"{path} does not have the columns of the plan")
     return [row[0] for row in rows[1:]], [row[1:] for row in rows[1:]]
 
 
-def _numbers(
-    folder: Path, path: str, columns: Sequence[str], participants: Sequence[str], sums: Mapping[str, str]
-) -> NDArray[np.float32]:
+def _numbers(files: Files, path: str, columns: Sequence[str], participants: Sequence[str]) -> NDArray[np.float32]:
     """(N, columns) of a table with one row for each of `participants`; nine digits give back every float32 exactly."""
-    named, rows = _table(folder, path, columns, sums)
+    named, rows = _table(files, path, columns)
     if named != list(participants):
         raise _damaged(f"{path} does not have one row for each participant")
     try:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedsynth.errors import Refused, UsageError
+from fedsynth.plan import StudyPlan
 from fedsynth.released import read_release
+from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient, subject_digest
+from fedsynth_server.release.make import make_candidate
 
 MASK = "bids/derivatives/seg/sub-SYN0001/anat/sub-SYN0001_label-tumor_mask.nii.gz"
 IMAGE = "bids/sub-SYN0001/anat/sub-SYN0001_T1w.nii.gz"
@@ -25,9 +29,26 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
+@pytest.fixture
+def candidate(
+    release_plan: StudyPlan,
+    release_statement: PrivacyStatement,
+    release_patients: list[SyntheticPatient],
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """A release before the gate saw it, of any patients."""
+
+    def make(patients: Iterable[SyntheticPatient] = release_patients, formats: Collection[str] = ("bids",)) -> Path:
+        released = datetime(2026, 11, 20, tzinfo=UTC)
+        return make_candidate(tmp_path / "out", release_plan, patients, release_statement, {}, released, formats)
+
+    return make
+
+
 def unlisted(folder: Path) -> Path:
     """The same release from somebody who left the list of files away."""
     (folder / "SHA256SUMS").unlink()
+    (folder / "CONTENT.SHA256SUMS").unlink()
     return folder
 
 
@@ -44,11 +65,11 @@ def test_what_is_read_is_what_was_written(made: Path, release_patients: list[Syn
 
 
 def test_awkward_float32_come_back_to_the_last_bit(
-    make: Callable[..., Path], tmp_path: Path, release_patients: list[SyntheticPatient]
+    candidate: Callable[..., Path], release_patients: list[SyntheticPatient]
 ) -> None:
     awkward = np.array([1 / 3, 1e-7, -16777217.0, np.nextafter(np.float32(1), 2), 0.1], dtype=np.float32)
     patients = [replace(release_patients[0], genes=awkward)]
-    assert subject_digest(read_release(make(tmp_path / "out", patients=patients))) == subject_digest(patients)
+    assert subject_digest(read_release(candidate(patients))) == subject_digest(patients)
 
 
 def test_the_digest_changes_with_the_patients(made: Path, release_patients: list[SyntheticPatient]) -> None:
@@ -57,12 +78,11 @@ def test_the_digest_changes_with_the_patients(made: Path, release_patients: list
 
 
 def test_images_are_held_one_patient_at_a_time(
-    make: Callable[..., Path], tmp_path: Path, release_patients: list[SyntheticPatient]
+    candidate: Callable[..., Path], release_patients: list[SyntheticPatient]
 ) -> None:
     first = release_patients[0]
     many = (replace(first, participant_id=f"P{number}") for number in range(60))
-    release = make(tmp_path / "out", patients=many, formats=["bids"])
-    read = read_release(release)
+    read = read_release(candidate(many))
     sum(1 for _ in read[:2])  # what is loaded once, e.g. codecs
     tracemalloc.start()
     assert sum(len(patient.mask) for patient in read) == 60 * len(first.mask)
@@ -80,6 +100,20 @@ def test_a_file_that_differs_from_the_list_is_refused(copied: Path, name: str) -
     (copied / name).write_bytes(content)
     with pytest.raises(Refused, match="not as SHA256SUMS lists it"):
         list(read_release(copied))
+
+
+def test_a_candidate_is_compared_with_the_list_of_its_content(candidate: Callable[..., Path]) -> None:
+    folder = candidate()
+    assert len(list(read_release(folder))) == 3
+    (folder / "morphology.tsv").write_text((folder / "morphology.tsv").read_text().replace("\t0.", "\t1.", 1))
+    with pytest.raises(Refused, match=r"not as CONTENT\.SHA256SUMS lists it"):
+        read_release(folder)
+
+
+def test_a_list_that_is_no_list_is_refused(copied: Path) -> None:
+    (copied / "SHA256SUMS").write_text("nothing\n")
+    with pytest.raises(Refused, match="manifest_malformed"):
+        read_release(copied)
 
 
 @pytest.mark.parametrize("name", [IMAGE, MASK, "morphology.tsv"])
@@ -137,6 +171,6 @@ def test_a_folder_that_is_no_release_is_a_mistake_of_the_user(tmp_path: Path) ->
         read_release(tmp_path)
 
 
-def test_a_release_without_nifti_says_so(make: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_release_without_nifti_says_so(candidate: Callable[..., Path]) -> None:
     with pytest.raises(Refused, match="release_without_bids"):
-        read_release(make(tmp_path / "out", formats=["dicom"]))
+        read_release(candidate(formats=["dicom"]))
