@@ -16,6 +16,9 @@ from fedsynth_server.app import app as server_app
 from fedsynth_server.cli import release
 from fedsynth_simulations.grid import InProcessGrid, run_in_process
 
+# What nobody tried on patients who are nothing but noise.
+UNTESTED = ("audit", "membership-release", "membership-coordinator", "attributes", "copies")
+
 
 def made(*arguments: str) -> None:
     result = CliRunner().invoke(release, list(arguments))
@@ -34,7 +37,12 @@ def test_a_finished_study_becomes_a_release_that_verifies_and_quotes_the_ledgers
         made("make", str(study), "--out", str(out), "--key", str(key))
     grid = InProcessGrid(client_app, dict(enumerate(sites, start=1)))
     run_in_process(server_app, grid, {"study-folder": str(study)})
-    made("make", str(study), "--out", str(out), "--key", str(key), "--patients", "3")
+    answers = ("--statement", "Noise that was trained on noise.", "--responsible", "tester")
+    named = [option for check in UNTESTED for option in ("--override", check)]
+    with pytest.raises(Refused, match="No audit") as refusal:
+        made("make", str(study), "--out", str(out), "--key", str(key), "--patients", "3")
+    assert refusal.value.code == "release_gate"
+    made("finish", str(tiny_folder / "release-candidate"), "--key", str(key), *named, *answers)
     made("verify", str(out), "--key", str(out / "release.pub.pem"))
     stated = {site["name"]: site for site in read_json(out / "privacy.json")["sites"]}
     for folder in sites:
@@ -42,6 +50,11 @@ def test_a_finished_study_becomes_a_release_that_verifies_and_quotes_the_ledgers
         assert stated[folder.name]["epsilon"] == pytest.approx(ledger.epsilon(tiny_plan.privacy.delta))
         assert stated[folder.name]["ledger_head"] == ledger.head
     assert len(list((out / "bids").glob("sub-*"))) == 3
+
+    made("make", str(study), "--out", str(tiny_folder / "next"), "--candidate", "--patients", "2")
+    assert not (tiny_folder / "next").exists()
+    with pytest.raises(Refused, match="this is a candidate"):
+        made("verify", str(tiny_folder / "next-candidate"))
 
     (out / "participants.tsv").write_bytes(b"altered")
     with pytest.raises(Refused) as caught:
