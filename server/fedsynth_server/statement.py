@@ -37,6 +37,11 @@ _ACCOUNTANTS: dict[Accountant, tuple[str, str]] = {  # what composes, and the pa
     "rdp": ("Renyi DP of the sampled Gaussian mechanism", "fedsynth"),
     "prv": ("privacy random variables of the sampled Gaussian mechanism", "opacus"),
 }
+# Where a site may countersign (`fedsynth.countersignature`).
+_COUNTERSIGNED = (
+    "whether a site countersigned this release, and which attacks with its own patients it says stayed within the limits: a "
+    "yes of people who have seen their patients' data"
+)
 _ONE_DIRECTION = (
     "a proof that adding a patient costs no more than removing one: the PRV accountant composes the direction of removal, "
     "and that addition costs less is checked numerically"
@@ -162,7 +167,16 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
         sites=sites,
         trust_model=_TRUST,
         composition=_COMPOSITION if plan.site_evaluation is None else _COMPOSITION + _HOLDOUT,
-        not_covered=[*_NOT_COVERED, _ONE_DIRECTION] if plan.privacy.accountant == "prv" else _NOT_COVERED,
+        not_covered=_not_covered(plan),
         intended_use="Developing and teaching methods for paired imaging and expression data; software tests.",
         forbidden_use="Diagnosis or treatment of anyone; attempts to single out or to re-identify a person.",
     )
+
+
+def _not_covered(plan: StudyPlan) -> list[str]:
+    listed = list(_NOT_COVERED)
+    if any(site.countersign_key for site in plan.sites):
+        listed.append(_COUNTERSIGNED)
+    if plan.privacy.accountant == "prv":
+        listed.append(_ONE_DIRECTION)
+    return listed

@@ -238,6 +238,7 @@ def test_sites_attack_at_home_countersign_and_the_release_needs_no_figure_of_the
     assert checks["countersignatures"]["status"] == "ok"
     assert not (out / "attacks.json").exists()
     assert "0.5137" not in "".join(path.read_text() for path in (out / "countersignatures").glob("*.json"))
+    assert any("whether a site countersigned" in item for item in read_json(out / "privacy.json")["not_covered"])
     assert (study.candidate / "CANDIDATE.json").is_file()
 
 

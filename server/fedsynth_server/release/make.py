@@ -306,7 +306,6 @@ def _describe(
     from fedsynth_server.release.report import write_report
 
     root, formats, count = release.folder, release.index.formats, release.index.n_patients
-    write_croissant(root, facts, formats, count)
     (root / "README.md").write_text(readme(facts, formats, count, key_fingerprint), encoding="utf-8")
     told = Outcome.model_validate_json((root / OUTCOME).read_bytes()) if (root / OUTCOME).is_file() else None
     labels = [row[1] for row in read_tsv(root / PARTICIPANTS)[1]]
@@ -339,6 +338,7 @@ def _describe(
         gate=decision,
         site_evaluation=evidence.site_evaluation,
     )
+    write_croissant(root, facts, formats, count)  # last: it lists the others with their sums
 
 
 @contextmanager
