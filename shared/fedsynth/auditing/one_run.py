@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,7 @@ def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: fl
     return min(tail + 2 * canaries * delta * float((below / np.arange(1, correct + 1)).max()), 1.0)
 
 
+@lru_cache(maxsize=4096)
 def epsilon_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
     """The largest epsilon (to 1e-6, never rounded up) that is refuted with `confidence`; 0 where none is.
 
