@@ -30,6 +30,7 @@ from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
 from fedsynth.errors import Refused, UsageError
 from fedsynth.evaluation.site_values import NoisyScore, ScoreMeaning, SiteEvaluation, SiteScores
 from fedsynth.evaluation.values import NOT_PUBLIC, Curve, Evaluation, Figure, Group, Line, Section
+from fedsynth.files import read_json, sha256_file
 from fedsynth.plan import StudyPlan
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
@@ -386,7 +387,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in {"meta", "img", "br"}:
+        if tag not in {"meta", "img", "br", "source"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -706,3 +707,48 @@ def test_the_datasheet_without_evidence_says_so_and_an_override_comes_first(
     text = datasheet(facts, {"bids"}, ["low"], gate=decision)
     assert text.index("Released under an override") < text.index("## Motivation")
     assert "<b>" not in text.replace("\\<b\\>", "") and "](" not in text.replace("\\](", "")
+
+
+# Properties of the Responsible AI vocabulary, as its ontology lists them (croissant_rai.ttl, version 1.0).
+RAI = [
+    "annotationsPerItem",
+    "annotatorDemographics",
+    "dataAnnotationAnalysis",
+    "dataAnnotationPlatform",
+    "dataAnnotationProtocol",
+    "dataBiases",
+    "dataCollection",
+    "dataCollectionMissingData",
+    "dataCollectionRawData",
+    "dataCollectionTimeframe",
+    "dataCollectionType",
+    "dataImputationProtocol",
+    "dataLimitations",
+    "dataManipulationProtocol",
+    "dataPreprocessingProtocol",
+    "dataReleaseMaintenancePlan",
+    "dataSocialImpact",
+    "dataUseCases",
+    "machineAnnotationTools",
+    "personalSensitiveInformation",
+]
+
+
+def test_croissant_lists_the_evidence_and_uses_the_vocabulary(made: Path) -> None:
+    croissant = read_json(made / "croissant.json")
+    listed = {entry["@id"]: entry for entry in croissant["distribution"] if entry["@type"] == "cr:FileObject"}
+    for name in ("report.html", "DATASHEET.md", "privacy.json", "gate.json", "attacks.json", "audit.json", "plan.toml"):
+        assert listed[name]["sha256"] == sha256_file(made / name)
+    assert "evaluation.json" not in listed, "this release was not evaluated"
+    used = [key.removeprefix("rai:") for key in croissant if key.startswith("rai:")]
+    assert len(used) >= 10 and set(used) <= set(RAI)
+    limits = " ".join(croissant["rai:dataLimitations"])
+    assert "attacks.json" in limits and "as measured on real patients: not done" in limits
+    assert all(isinstance(value, str | list) and value for key, value in croissant.items() if key.startswith("rai:"))
+
+
+def test_a_release_holds_report_and_datasheet_over_its_evidence(made: Path) -> None:
+    page = Page((made / "report.html").read_text(encoding="utf-8"))
+    assert "checks that were asked for held" in page.text
+    sheet = (made / "DATASHEET.md").read_text(encoding="utf-8")
+    assert "## Motivation" in sheet and "checks that were asked for held" in sheet

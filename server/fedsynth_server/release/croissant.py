@@ -64,9 +64,33 @@ _CONTEXT: dict[str, Any] = {
     )
 }
 
+# What speaks of the data, listed where it is there: file, media type, what it is.
+_DOCUMENTS = (
+    ("report.html", "text/html", "Report for clinicians, data officers and statisticians: quality, privacy, limits"),
+    (
+        "DATASHEET.md",
+        "text/markdown",
+        "Datasheet after Gebru et al.: motivation, composition, collection, uses, maintenance",
+    ),
+    ("privacy.json", "application/json", "Privacy statement: unit, epsilon and delta, mechanisms of every site"),
+    ("gate.json", "application/json", "Decision of the release gate: every check, and an override where there is one"),
+    ("limits.toml", "application/toml", "Limits that the gate applied"),
+    ("evaluation.json", "application/json", "Fidelity and usefulness beside real patients, with intervals"),
+    ("attacks.json", "application/json", "Membership and attribute inference, search for copies"),
+    (
+        "audit.json",
+        "application/json",
+        "Audit of the private mechanisms: empirical lower bounds of epsilon, direct checks",
+    ),
+    ("site-evaluation.json", "application/json", "What sites found on their held-out patients, noised"),
+    ("outcome.json", "application/json", "What the noise left to learn, beside its forecast"),
+    ("curves.json", "application/json", "Training curves of noised quantities"),
+    ("plan.toml", "application/toml", "Study plan: every choice that the sites approved"),
+)
+
 
 def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n_patients: int) -> None:
-    """Write ``croissant.json`` for the tables and images that lie in `root`."""
+    """Write ``croissant.json`` for the tables, images and documents that lie in `root`, once all others are written."""
     participants = _file(root, PARTICIPANTS, "text/tab-separated-values", "Participants and their label")
     morphology = _file(root, MORPHOLOGY, "text/tab-separated-values", "Morphology of the tumour")
     expression = _file(root, EXPRESSION_PARQUET, "application/x-parquet", "Gene expression")
@@ -76,6 +100,7 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
         images.append(_images("bids/derivatives/seg/sub-*/anat/*.nii.gz", "masks-nifti", "application/gzip", "Masks"))
     if "dicom" in formats:
         images.append(_images("dicom/*/*/*.dcm", "images-dicom", "application/dicom", "MR series and segmentations"))
+    documents = [_file(root, name, kind, what) for name, kind, what in _DOCUMENTS if (root / name).is_file()]
     dump(
         root / "croissant.json",
         {
@@ -92,32 +117,62 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
             "inLanguage": "en",
             "isLiveDataset": False,
             "keywords": ["synthetic data", "differential privacy", "MRI", "gene expression", "glioma"],
-            "distribution": [participants, morphology, expression, *images],
+            "distribution": [participants, morphology, expression, *images, *documents],
             "recordSet": [
                 _records("participants", PARTICIPANTS, [label_column(facts.plan)]),
                 _records("morphology", MORPHOLOGY, morphology_columns(facts.plan)),
                 _records("expression", EXPRESSION_PARQUET, expression_columns(facts.plan)),
             ],
-            **_responsible_ai(facts),
+            **_responsible_ai(facts, [entry["name"] for entry in documents]),
         },
     )
 
 
-def _responsible_ai(facts: ReleaseFacts) -> dict[str, Any]:
+def _responsible_ai(facts: ReleaseFacts, documents: Collection[str]) -> dict[str, Any]:
     """The RAI vocabulary (https://docs.mlcommons.org/croissant/docs/croissant-rai-spec.html)."""
     statement = facts.statement
+    contact = f" Contact: {facts.publication.contact}." if facts.publication.contact else ""
+    evidence = [
+        f"{what}: {name if name in documents else 'not done, or not part of this release'}."
+        for what, name in (
+            ("Usefulness, as measured on real patients", "evaluation.json"),
+            ("Attacks on membership and attributes, copies", "attacks.json"),
+            ("Audit of the private mechanisms", "audit.json"),
+            ("Decision on the release", "gate.json"),
+        )
+    ]
     return {
         "rai:dataCollection": (
             "Drawn from a generative model that was trained across sites by federated learning; "
             "the sites' data never left them. Nothing in this data set was acquired from a person."
         ),
         "rai:dataCollectionType": ["Others"],
-        "rai:dataReleaseMaintenancePlan": "A release is never changed; a correction is a new release.",
-        "rai:personalSensitiveInformation": [facts.guarantee, f"Not covered: {'; '.join(statement.not_covered)}"],
+        "rai:dataCollectionRawData": (
+            "Patients of the taking-part hospitals, about "
+            + ", ".join(f"{site.nominal_patients} at {site.name}" for site in statement.sites)
+            + " (declared and rounded). Their data are no part of this data set."
+        ),
+        "rai:dataCollectionMissingData": "No value is missing; a mask may hold no tumour voxel.",
+        "rai:dataPreprocessingProtocol": [
+            "Images of the hospitals were resampled to one grid and scaled to [0, 1] each by itself.",
+            "Expression was replaced by public reference quantiles at its rank within the patient, centred and scaled by "
+            "public constants.",
+        ],
+        "rai:dataAnnotationProtocol": (
+            "Tumour masks and labels were drawn by the generator together with the patient; nobody annotated them."
+        ),
+        "rai:dataReleaseMaintenancePlan": f"A release is never changed; a correction is a new release.{contact}",
+        "rai:personalSensitiveInformation": [
+            facts.guarantee,
+            "No record describes a person. The generator was trained on health data (MRI, gene expression) of patients.",
+            f"Not covered: {'; '.join(statement.not_covered)}",
+        ],
         "rai:dataLimitations": [
             "Image quality is bounded by noise added for privacy and by a small grid; not for diagnosis.",
+            "Links between genes and images are what a model learned, and may be what it invented.",
             "Being synthetic does not by itself make data anonymous.",
             statement.composition,
+            *evidence,
         ],
         "rai:dataBiases": (
             "The training patients are those of the taking-part hospitals; rare findings are under-represented "

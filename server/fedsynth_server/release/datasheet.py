@@ -1,4 +1,4 @@
-"""``datasheet.md``: a release described by the questions of Datasheets for Datasets (Gebru et al., CACM 64(12), 2021).
+"""``DATASHEET.md``: a release described by the questions of Datasheets for Datasets (Gebru et al., CACM 64(12), 2021).
 
 What the plan, the privacy statement and the evidence do not say is not asked: no answer is made up, and no question is
 left with an empty one.

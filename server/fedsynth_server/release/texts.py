@@ -44,7 +44,9 @@ def _where(facts: ReleaseFacts, formats: Collection[str]) -> str:
 {trees}
 - `participants.tsv`, `morphology.tsv`, `genes/`: tables, described in `datapackage.json` and `croissant.json`. Gene
   expression is on the plan's scale; times `genes.scale` plus `genes.center` of `plan.toml` it is on the reference scale.
-- `privacy.json`: the privacy statement. `report.html`: privacy, quality and limits, to be read in a browser.
+- `report.html`: everything in one page, to be read in a browser. `DATASHEET.md`: the questions of a datasheet, answered.
+- `privacy.json`: the privacy statement. `gate.json`: the decision to release, every check. Where they were made:
+  `evaluation.json` (quality), `attacks.json`, `audit.json` (of the private mechanisms), `site-evaluation.json`.
 - `plan.toml`: the study plan, digest `{facts.plan.digest}`.
 """
 
