@@ -28,7 +28,7 @@ def show_evaluation(found: Evaluation, console: Console | None = None) -> None:
         for name in ("synthetic", "95 % interval", "real", "floor"):
             table.add_column(name, justify="right", no_wrap=True)
         for figure in section.figures:
-            table.add_row(f"{_ARROWS[figure.better]} {escape(figure.metric)}", *_cells(figure))
+            table.add_row(f"{_ARROWS[figure.better]} {escape(figure.metric)}{_reason(figure)}", *_cells(figure))
         console.print(table)
 
 
@@ -101,6 +101,14 @@ def show_audit(found: Audit, console: Console | None = None) -> None:
 def _cells(figure: Figure) -> tuple[str, str, str, str]:
     ends = "" if figure.interval is None else f"{_number(figure.interval[0])} to {_number(figure.interval[1])}"
     return _number(figure.synthetic), ends, _number(figure.real), _number(figure.floor)
+
+
+def _reason(figure: Figure) -> str:
+    """Why there is no value, which the end of the note says."""
+    if figure.synthetic is not None:
+        return ""
+    start = figure.note.find("Not measured")
+    return f"\n  [dim]{escape(figure.note[max(start, 0) :])}[/]" if figure.note else ""
 
 
 def _rate(rate: Rate) -> str:
