@@ -11,6 +11,7 @@ from fedsynth.plan import (
     LabelPlan,
     MorphologyPlan,
     PrivacyPlan,
+    SiteEvaluationPlan,
     SitePlan,
     StudyPlan,
 )
@@ -20,6 +21,7 @@ from fedsynth_simulations.cohort.panel import load_panel
 
 _PUBLIC_PROFILES = 400
 _DELTA = 1e-5
+_HOLDOUT_EPSILON = 3.0
 _REFERENCE_SEED = 1  # the public reference population is the same in every study
 
 # Standard deviation of each feature on the normalised scale, over 1,600 public simulated patients (`cohort.public`).
@@ -95,5 +97,6 @@ def study_plan(
         privacy=PrivacyPlan(epsilon=epsilon, delta=_DELTA, reproducible_seed=reproducible_seed),
         **vars(recommend(list(sites.values()), starts, epsilon, _DELTA)),
         aggregation=AggregationPlan(min_sites=min(2, len(sites))),
+        site_evaluation=SiteEvaluationPlan(epsilon=_HOLDOUT_EPSILON),
         sites=[SitePlan(name=site, nominal_patients=count) for site, count in sites.items()],
     )

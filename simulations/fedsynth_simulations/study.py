@@ -7,28 +7,36 @@ an interruption at any moment. The federation is the deployment's own: ClientApp
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import tomli_w
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel
 from rich.console import Console
 
+from fedsynth.attacks.run import attack_release
+from fedsynth.attacks.transcript import Transcript
+from fedsynth.attacks.values import Attacks
+from fedsynth.auditing.values import Audit
 from fedsynth.engines.moments import sizes
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.evaluation.evaluate import evaluate
 from fedsynth.evaluation.patients import Patients
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import read_json, write_json
-from fedsynth.metrics.domain_extractor import train_extractor
+from fedsynth.limits import AttributeLimits, CopyLimits, Limits, MembershipLimits
+from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
 from fedsynth.models.dcgan import make_generator
 from fedsynth.models.gene_autoencoder import generate_expression, make_autoencoder
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, public_prior
@@ -41,7 +49,8 @@ from fedsynth.records import PUBLIC
 from fedsynth.synthesis import SyntheticProfiles, draw_patients
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_client.app import app as client_app
-from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.auditing.run import audit_plan
+from fedsynth_client.cohort import load_cohort
 from fedsynth_client.evaluation.patients import patients_of
 from fedsynth_client.ingest.command import report_path
 from fedsynth_client.ingest.prepare import prepare
@@ -52,10 +61,12 @@ from fedsynth_client.site import Site
 from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import StudyState, load_state
 from fedsynth_server.outcome import study_outcome
+from fedsynth_server.release.decision import OverrideRequest
 from fedsynth_server.release.make import make_release
 from fedsynth_server.release.manifest import generate_key
 from fedsynth_server.release.preview import Example, ReferenceExamples
 from fedsynth_server.release.verify import verify
+from fedsynth_server.site_evaluation import site_evaluation
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
 from fedsynth_server.warm_start import load_warm_start, public_starts
@@ -65,12 +76,14 @@ from fedsynth_simulations.grid import InProcessGrid, Wiretap, run_in_process, un
 from fedsynth_simulations.hospitals import write_hospitals
 from fedsynth_simulations.plans import simulated_genes, study_plan, zscore_genes
 from fedsynth_simulations.ray import run_over_ray
+from fedsynth_simulations.transcript import TranscriptTap
 from fedsynth_simulations.weights import PACKAGED, packaged_warm_start
 
 _PUBLIC_PATIENTS = 150
 _EXAMPLES = 6
 
 Backend = Literal["in-process", "ray"]
+Found = TypeVar("Found", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -120,12 +133,15 @@ def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
     release = out / "release"
     if not release.is_dir():
         with _stage("synthesis"):
-            patients = synthesise(plan, state, settings.synthetic, _synthesis_generator(settings))
+            drawn = _drawn(out, plan, state, list(sources), settings)
         with _stage("evaluation"):
-            cohorts = {name: load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in sources}
-            evaluation = _evaluation(out, plan, state, patients, cohorts, settings)
+            evaluation = _kept(out / "evaluation.json", Evaluation, lambda: _evaluation(plan, state, drawn, settings))
+        with _stage("attacks"):
+            attacks = _kept(out / "attacks.json", Attacks, lambda: _attacks(out, plan, drawn, settings))
+        with _stage("audit"):
+            audit = _kept(out / "audit.json", Audit, lambda: audit_plan(plan))
         with _stage("release"):
-            _release(out, plan, state, patients, evaluation, patients_of(cohorts), settings)
+            _release(out, plan, state, drawn, evaluation, attacks, audit, settings)
     with _stage("verification"):
         result = verify(release, release / "release.pub.pem")
         if not result.ok:
@@ -246,10 +262,11 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
         policy = SitePolicy(
             site=name,
             max_epsilon=plan.privacy.epsilon,
+            max_holdout_epsilon=plan.site_evaluation.epsilon if plan.site_evaluation else 0.0,
             max_delta=plan.privacy.delta,
             min_patients=max(declared // 2, 5),
             declared_patients=declared,
-            modules=list(plan.modules),
+            modules=[*plan.modules, "evaluation"],
             allow_reproducible_noise=plan.privacy.reproducible_seed is not None,
         )
         save_policy(policy, site.policy_path)
@@ -269,7 +286,13 @@ def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap, 
         if backend == "ray":
             run_over_ray(folder, folders)
         else:
-            grid = InProcessGrid(client_app, dict(enumerate(folders, start=1)), wiretap=wiretap)
+            tap = TranscriptTap(out / "transcript")
+
+            def both(direction: str, node: int, content: bytes) -> None:
+                tap(direction, node, content)
+                wiretap(direction, node, content)
+
+            grid = InProcessGrid(client_app, dict(enumerate(folders, start=1)), wiretap=both)
             run_in_process(server_app, grid, {"study-folder": str(folder)})
         state = load_state(folder, plan)
     if state is None:
@@ -277,41 +300,94 @@ def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap, 
     return state
 
 
-def _evaluation(
-    out: Path,
-    plan: StudyPlan,
-    state: StudyState,
-    patients: list[SyntheticPatient],
-    cohorts: Mapping[str, Cohort],
-    settings: Settings,
-) -> Evaluation:
-    """Evaluate on held-out patients: possible here because every site lies on this machine."""
-    path = out / "evaluation.json"
+@dataclass(frozen=True)
+class _Drawn:
+    """The synthetic patients, and the real ones that they are held against: possible since every site lies here.
+
+    Attributes:
+        bench: the feature network and the patients of the public generator, made when first asked for.
+    """
+
+    synthetic: list[SyntheticPatient]
+    train: Patients
+    holdout: Patients
+    bench: Callable[[], tuple[DomainExtractor, list[SyntheticPatient] | None]]
+
+
+def _drawn(out: Path, plan: StudyPlan, state: StudyState, names: list[str], settings: Settings) -> _Drawn:
+    synthetic = synthesise(plan, state, settings.synthetic, torch.Generator().manual_seed(_draw_seed(out, settings)))
+    cohorts = {name: load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in names}
+
+    @lru_cache(maxsize=1)
+    def bench() -> tuple[DomainExtractor, list[SyntheticPatient] | None]:
+        generator = torch.Generator().manual_seed(settings.seed)
+        say("Training the feature extractor on a public simulated cohort")
+        public = public_cohort(plan, _PUBLIC_PATIENTS, np.random.default_rng([settings.seed, 2]))
+        images, targets = extractor_task(public)
+        extractor = train_extractor(images, targets, generator, f"{_PUBLIC_PATIENTS} public simulated patients")
+        return extractor, _public_only(out, plan, public, len(synthetic), generator)
+
+    return _Drawn(
+        synthetic,
+        patients_of({name: cohort.split("train") for name, cohort in cohorts.items()}),
+        patients_of({name: cohort.split("holdout") for name, cohort in cohorts.items()}),
+        bench,
+    )
+
+
+def _draw_seed(out: Path, settings: Settings) -> int:
+    """The seed of the synthetic patients: by the operating system, and kept, since evidence is about these very ones."""
+    path = out / "draw.json"
+    if not path.is_file():
+        seed = settings.reproducible_seed
+        write_json(path, {"seed": secrets.randbits(62) if seed is None else seed})
+    return int(read_json(path)["seed"])
+
+
+def _kept(path: Path, model: type[Found], make: Callable[[], Found]) -> Found:
+    """What lies in `path`, or else what `make` finds, which is then written there."""
     if path.is_file():
-        return Evaluation.model_validate(read_json(path))
-    generator = torch.Generator().manual_seed(settings.seed)
-    say("Training the feature extractor on a public simulated cohort")
-    public = public_cohort(plan, _PUBLIC_PATIENTS, np.random.default_rng([settings.seed, 2]))
-    images, targets = extractor_task(public)
-    extractor = train_extractor(images, targets, generator, f"{_PUBLIC_PATIENTS} public simulated patients")
+        return model.model_validate(read_json(path))
+    found = make()
+    write_json(path, found.model_dump(mode="json"))
+    return found
+
+
+def _evaluation(plan: StudyPlan, state: StudyState, drawn: _Drawn, settings: Settings) -> Evaluation:
     model = profile_model(plan, state.weights)
 
     def predict(genes: NDArray[np.float32]) -> NDArray[np.floating]:
         return np.asarray(model.predict(torch.from_numpy(genes))[0].numpy())
 
-    evaluation = evaluate(
+    extractor, public_only = drawn.bench()
+    return evaluate(
         plan,
-        patients_of({name: cohort.split("train") for name, cohort in cohorts.items()}),
-        patients_of({name: cohort.split("holdout") for name, cohort in cohorts.items()}),
-        patients,
-        _public_only(out, plan, public, len(patients), generator),
+        drawn.train,
+        drawn.holdout,
+        drawn.synthetic,
+        public_only,
         extractor,
         predict,
         _data(settings),
         settings.seed,
     )
-    write_json(path, evaluation.model_dump(mode="json"))
-    return evaluation
+
+
+def _attacks(out: Path, plan: StudyPlan, drawn: _Drawn, settings: Settings) -> Attacks:
+    """Attack the release and, where the messages of training were written down, the training."""
+    extractor, public_only = drawn.bench()
+    transcript = Transcript(out / "transcript") if (out / "transcript").is_dir() else None
+    return attack_release(
+        plan,
+        drawn.train,
+        drawn.holdout,
+        drawn.synthetic,
+        extractor,
+        _data(settings),
+        settings.seed,
+        public_only,
+        transcript,
+    )
 
 
 def _public_only(
@@ -353,16 +429,17 @@ def _release(
     out: Path,
     plan: StudyPlan,
     state: StudyState,
-    patients: list[SyntheticPatient],
+    drawn: _Drawn,
     evaluation: Evaluation,
-    real: Patients,
+    attacks: Attacks,
+    audit: Audit,
     settings: Settings,
 ) -> None:
     key = out / "keys" / "release.pem"
     key.parent.mkdir(exist_ok=True)
     if not key.is_file():
         generate_key(key)
-    shown = real.rows(real.has_images)
+    shown = drawn.holdout.rows(drawn.holdout.has_images)
     examples = tuple(
         Example(plan.label.classes[label] if label >= 0 else "label unknown", images.astype(np.float32), mask)
         for label, images, mask in list(zip(shown.labels, shown.images, shown.masks, strict=True))[:_EXAMPLES]
@@ -370,7 +447,7 @@ def _release(
     make_release(
         out / "release",
         plan,
-        patients,
+        drawn.synthetic,
         privacy_statement(plan, state),
         evaluation,
         state.curves_by_name(),
@@ -378,14 +455,35 @@ def _release(
         datetime.now(UTC).replace(microsecond=0),
         real_examples=ReferenceExamples("public" if settings.site_folders else "simulated", examples),
         outcome=study_outcome(plan, state),
+        audit=audit,
+        attacks=attacks,
+        limits=_limits(drawn, attacks),
+        override=_override(settings),
+        site_evaluation=site_evaluation(plan, state) if state.evaluated else None,
     )
 
 
-def _synthesis_generator(settings: Settings) -> torch.Generator:
-    """Seeded by the operating system, unless the run is to be reproducible."""
-    generator = torch.Generator()
+def _limits(drawn: _Drawn, attacks: Attacks) -> Limits:
+    """The default limits; where too few patients are held out, without the attacks that need more of them."""
+    least = MembershipLimits().least_patients
+    held_out = int((drawn.holdout.has_images & drawn.holdout.has_genes).sum())
+    if held_out // 2 >= least:  # half of them are the sample of the population that some attackers have
+        return Limits()
+    return Limits(
+        reason=f"Only {held_out} patients were held out. Membership inference against fewer than {least} shows nothing"
+        + (f", and this needs more, too: {' '.join(attacks.not_done)}" if attacks.not_done else "."),
+        membership=MembershipLimits(views=[]),
+        attributes=AttributeLimits(asked=bool(attacks.attributes)),
+        copies=CopyLimits(asked={check.of for check in attacks.copies} == {"images", "genes"}),
+    )
+
+
+def _override(settings: Settings) -> OverrideRequest | None:
+    """Noise that can be made again protects nobody: here it need not, since the patients are simulated or public."""
     if settings.reproducible_seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(settings.reproducible_seed)
-    return generator
+        return None
+    return OverrideRequest(
+        statement=f"The noise was seeded so that the run can be repeated. Its patients are {_data(settings)}.",
+        responsible="whoever ran the simulation",
+        checks=("private",),
+    )

@@ -10,7 +10,7 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedsynth.attacks.transcript import Transcript
-from fedsynth.plan import MODULES, Module
+from fedsynth.plan import ACTIVITIES, MODULES, Module
 from fedsynth.records import WEIGHTS, State
 
 
@@ -41,8 +41,11 @@ class TranscriptTap:
             self._asked.pop(node, None)
             return
         module, number, site = task["module"], task["round"], task["site"]
-        if module not in MODULES or not isinstance(number, int) or not isinstance(site, str):
+        if module not in ACTIVITIES or not isinstance(number, int) or not isinstance(site, str):
             raise ValueError("a task of the coordinator that no plan has")
+        if module not in MODULES:  # an evaluation, which nobody was trained in
+            self._asked.pop(node, None)
+            return
         self._asked[node] = (module, number, site)
         weights = {name: _state(arrays) for name, arrays in content.array_records.items()}
         self.transcript.write_sent(module, number, weights)

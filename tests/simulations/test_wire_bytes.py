@@ -25,6 +25,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.plan import TRAINED, Module, Section, StudyPlan, load_plan
 from fedsynth.records import PROGRESS, PUBLIC, RECEIPT, WEIGHTS, State
+from fedsynth.synthetic import subject_digest
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import first_state
 from fedsynth_server.fitting.fit import statistic_template
@@ -66,6 +67,18 @@ def small_plan(*arguments: object, **more: object) -> StudyPlan:
     return StudyPlan.model_validate(plan.model_copy(update=short).model_dump())
 
 
+def nothing_measured(plan: StudyPlan, state: object, drawn: study._Drawn, settings: Settings) -> Evaluation:
+    """An evaluation of the drawn patients without any figure."""
+    return Evaluation(
+        subject=subject_digest(drawn.synthetic),
+        data="simulated patients",
+        n_train=len(drawn.train),
+        n_holdout=len(drawn.holdout),
+        n_synthetic=len(drawn.synthetic),
+        sections=[],
+    )
+
+
 @pytest.fixture(scope="module", params=["", PACKAGED], ids=["networks", "statistics"])
 def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Without public weights all networks are trained; with them both statistics are released."""
@@ -74,10 +87,8 @@ def watched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(study, "study_plan", small_plan)
         # Evaluating takes minutes and reads no message; its figures have tests of their own.
-        empty = Evaluation(
-            subject="0" * 64, data="simulated patients", n_train=1, n_holdout=1, n_synthetic=4, sections=[]
-        )
-        patched.setattr(study, "_evaluation", lambda *_: empty)
+        patched.setattr(study, "_evaluation", nothing_measured)
+        patched.setattr(study, "_PUBLIC_PATIENTS", 20)  # who train the feature network
         run(seen.out, settings, seen.tap)
     yield seen
 

@@ -58,7 +58,7 @@ def interval(
 
 def figure(
     metric: str,
-    better: Literal["higher", "lower"],
+    better: Literal["higher", "lower", "none"],
     values: Columns[float],
     note: str,
     interval: tuple[float, float] | None = None,
