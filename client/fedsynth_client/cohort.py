@@ -118,14 +118,19 @@ def read_entries(folder: Path) -> tuple[PatientEntry, ...]:
     return _entries(_manifest(folder))
 
 
-def load_cohort(folder: Path, feature_names: list[str]) -> Cohort:
-    """Read a prepared cohort; `feature_names` are the plan's morphology features, in order.
+def load_cohort(folder: Path, feature_names: list[str], only: Split | None = None) -> Cohort:
+    """Read a prepared cohort.
+
+    Args:
+        folder: the cohort's.
+        feature_names: the plan's morphology features, in order.
+        only: patients of this split alone; the images of others are not opened.
 
     Raises:
         UsageError: ``cohort_missing`` when the folder holds no manifest.
     """
     manifest = _manifest(folder)
-    entries = _entries(manifest)
+    entries = tuple(entry for entry in _entries(manifest) if only in (None, entry.split))
     keys = [entry.key for entry in entries]
     image = manifest["image"]
     shape = (len(image["sequences"]), image["slices"], image["size"], image["size"])

@@ -37,7 +37,7 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
-from fedsynth_client.cohort import Cohort, load_cohort, split_digest
+from fedsynth_client.cohort import Cohort, load_cohort, read_entries, split_digest
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
 from fedsynth_client.policy import SitePolicy, check_evaluation, check_module, check_patients, check_plan
@@ -187,10 +187,14 @@ def _patients(site: Site, plan: StudyPlan, activity: Activity) -> tuple[Cohort, 
     All held-out patients take part in an evaluation; of training patients those who have what a module needs.
     """
     features = tuple(plan.morphology.features)
+    version = site.cohort_version()
     if activity == "evaluation":  # once a study: not worth keeping in memory
-        whole = load_cohort(site.cohort_path, list(features))
-        return whole.split("holdout"), split_digest(whole.entries)
-    cohort, split = _training_split(site.cohort_path, site.cohort_version(), features)
+        split = split_digest(read_entries(site.cohort_path))
+        held_out = load_cohort(site.cohort_path, list(features), only="holdout")
+        if site.cohort_version() != version:
+            raise JobFailed("cohort_changed", "The cohort was prepared anew while it was read.", "Ask again.")
+        return held_out, split
+    cohort, split = _training_split(site.cohort_path, version, features)
     return cohort.rows(cohort.usable_for(activity)), split
 
 

@@ -287,6 +287,28 @@ def test_training_patients_have_no_influence_on_the_reply(site: Site, plan: Stud
     assert spoil([next(row["key"] for row in entries if row["split"] == "holdout")]).tobytes() != before.tobytes()
 
 
+def test_the_images_of_training_patients_are_not_even_opened(site: Site, plan: StudyPlan, ask: Ask) -> None:
+    entries = json.loads((site.cohort_path / "manifest.json").read_text())["patients"]
+    for key in (row["key"] for row in entries if row["split"] == "train"):
+        (site.cohort_path / "patients" / f"{key}.safetensors").unlink()
+    assert "evaluation" in ask(site, "evaluation", asked(plan))
+
+
+def test_a_cohort_that_changes_while_it_is_read_is_refused_before_anything_is_spent(
+    site: Site, plan: StudyPlan, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changes(folder: Path, features: list[str], only: Any = None) -> Cohort:
+        found = load_cohort(folder, features, only)
+        hold_out(site, lambda i: i >= 40 - HELD_OUT)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds, "load_cohort", changes)
+        assert code_of(ask(site, "evaluation", asked(plan))) == "cohort_changed"
+    assert kinds(site) == []
+    assert "evaluation" in ask(site, "evaluation", asked(plan))
+
+
 def test_a_patient_who_was_trained_on_is_never_evaluated_on(site: Site, plan: StudyPlan) -> None:
     used = evaluators(plan, {**first_state(plan, None).weights, EVALUATORS: random_evaluators(plan)})
     everybody = load_cohort(site.cohort_path, plan.morphology.features)
