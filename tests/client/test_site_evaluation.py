@@ -5,6 +5,7 @@ Every question goes through the ClientApp over the in-process grid, as bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import recorddict_to_proto
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from fedsynth.budget import charge, evaluation_mechanism, mechanism, planned_epsilon
@@ -25,7 +28,7 @@ from fedsynth.dp.randomness import SystemRandomness
 from fedsynth.errors import Refused
 from fedsynth.evaluation.networks import SliceClassifier, SmallUNet
 from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators, evaluators_template, rows
-from fedsynth.plan import MODULES, SiteEvaluationPlan, StudyPlan
+from fedsynth.plan import MODULES, Population, SiteEvaluationPlan, StudyPlan
 from fedsynth.records import EVALUATORS, MESSAGE_TYPES, State, check_reply, task_record, to_record
 from fedsynth_client import rounds
 from fedsynth_client.account import account, render
@@ -34,7 +37,7 @@ from fedsynth_client.audit import audit
 from fedsynth_client.cohort import Cohort, load_cohort
 from fedsynth_client.dry_run import dry_run
 from fedsynth_client.evaluation.patients import patients_of
-from fedsynth_client.ledger import Ledger, Limit, Standing, Task
+from fedsynth_client.ledger import Entry, Ledger, Limit, Standing, Task, _history
 from fedsynth_client.policy import SitePolicy, save_policy
 from fedsynth_client.preflight import preflight
 from fedsynth_client.setup import plan_summary
@@ -475,6 +478,40 @@ def test_a_ledger_of_an_older_version_means_training_patients_and_keeps_its_dige
     assert refused.value.code == "budget_exceeded" and "prepared anew" in str(refused.value)
     assert ledger.charge(new, statistic, **terms, population="holdout", split="a" * 64) is Standing.NEW  # type: ignore[arg-type]
     assert ledger.epsilon(1e-5, population="holdout") == pytest.approx(epsilon([block, statistic], 1e-5))
+
+
+CHARGES = st.lists(
+    st.tuples(st.sampled_from(["train", "holdout"]), st.sampled_from(["", "s", "t", "u"]), st.floats(0.8, 8.0)),
+    max_size=6,
+)
+
+
+@given(CHARGES, st.sampled_from(["train", "holdout"]), st.sampled_from(["s", "t", "u", "new"]))
+@settings(max_examples=150, deadline=None)
+def test_no_patient_has_spent_more_than_the_account_says_wherever_they_were_before(
+    charged: list[tuple[Population, str, float]], now: Population, split: str
+) -> None:
+    """A patient is of one population under each split, and of `now` under the present one; nobody knows the others."""
+    entries = [
+        Entry(i, "", "charge", {**body(sigma), "population": population, "split": under}, "", "")
+        for i, (population, under, sigma) in enumerate(charged)
+    ]
+    stated = epsilon(_history(entries, None, now, split), 1e-5)
+    # A charge under a split that is not known may have been under any: each is taken for one of its own.
+    places = [under or f"unknown {i}" for i, (_, under, _) in enumerate(charged)]
+    known = list(dict.fromkeys(place for place in places if place != split))
+    for where in itertools.product(["train", "holdout"], repeat=len(known)):
+        was: dict[str, str] = {**dict(zip(known, where, strict=True)), split: now}
+        own = [
+            Mechanism(1.0, sigma, 1) for place, (p, _, sigma) in zip(places, charged, strict=True) if was[place] == p
+        ]
+        assert epsilon(own, 1e-5) <= stated + 1e-9
+    if all(under == split for _, under, _ in charged):  # nobody was moved: exactly the patient's own
+        assert stated == epsilon([Mechanism(1.0, sigma, 1) for p, _, sigma in charged if p == now], 1e-5)
+
+
+def body(sigma: float) -> dict[str, Any]:
+    return {"study": "5" * 64, "module": "gan", "sample_rate": 1.0, "noise_multiplier": sigma, "steps": 1}
 
 
 # --- crashes ---------------------------------------------------------------------------------------------------------
