@@ -28,6 +28,21 @@ Public = Annotated[
         "that it has to stay where it was computed, and no release takes it.",
     ),
 ]
+Extractors = Annotated[
+    list[Path],
+    typer.Option(
+        "--extractor",
+        help="A feature network (ONNX beside its TOML), e.g. Inception or RadImageNet, for figures of its own beside those "
+        "of the small network that is trained on drawn phantoms; repeat.",
+    ),
+]
+Lpips = Annotated[
+    Path | None, typer.Option(help="A learned perceptual distance (ONNX beside its TOML), for diversity.")
+]
+TranscriptFolder = Annotated[
+    Path | None,
+    typer.Option("--transcript", help="Every message of the study's training: attacks from a coordinator's view, too."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of every random draw: the same seed gives the same figures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -40,6 +55,8 @@ def release(
     data: Data = "",
     public: Public = False,
     seed: Seed = 0,
+    extractor: Extractors = [],  # noqa: B006 (typer copies it)
+    lpips: Lpips = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure fidelity, utility, radiogenomics and genes of a release, beside real patients as ceiling and floors.
@@ -48,7 +65,8 @@ def release(
     """
     from fedsynth_client.evaluation.command import Asked, evaluate_release
 
-    evaluate_release(Asked(folder, tuple(cohort), out, data, public, seed, as_json))
+    asked = Asked(folder, tuple(cohort), out, data, public, seed, as_json)
+    evaluate_release(asked, tuple(extractor), lpips)
 
 
 @app.command()
@@ -59,6 +77,7 @@ def attacks(
     data: Data = "",
     public: Public = False,
     seed: Seed = 0,
+    transcript: TranscriptFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """Attack a release: guess who was trained on, guess attributes, look for copies.
@@ -67,7 +86,7 @@ def attacks(
     """
     from fedsynth_client.evaluation.command import Asked, attack
 
-    attack(Asked(folder, tuple(cohort), out, data, public, seed, as_json))
+    attack(Asked(folder, tuple(cohort), out, data, public, seed, as_json), transcript)
 
 
 @app.command()

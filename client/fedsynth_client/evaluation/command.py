@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel
 
 from fedsynth.cli import envelope
@@ -56,14 +55,23 @@ class Asked:
         return f"{self.data or _UNSAID} ({NOT_PUBLIC})"
 
 
-def evaluate_release(asked: Asked) -> None:
+def evaluate_release(asked: Asked, extractors: tuple[Path, ...] = (), lpips: Path | None = None) -> None:
     """Measure a release, write the evaluation, and print it.
 
+    Args:
+        asked: what was typed.
+        extractors: files of feature networks, for figures of their own.
+        lpips: file of a learned perceptual distance.
+
     Raises:
-        UsageError, Refused: see `read_release`, `evaluated_patients` and `evaluate`; ``result_exists``.
+        UsageError, Refused: see `read_release`, `evaluated_patients`, `load_onnx` and `evaluate`; ``result_exists``.
     """
     from fedsynth.evaluation.evaluate import evaluate
+    from fedsynth.metrics.onnx_network import load_onnx, onnx_ensemble
 
+    _require_new(asked.out)
+    networks = [onnx_ensemble(load_onnx(path)) for path in extractors]
+    distance = None if lpips is None else load_onnx(lpips, "distance")
     synthetic, real = _read(asked)
     started = time.monotonic()
     found = evaluate(
@@ -76,6 +84,8 @@ def evaluate_release(asked: Asked) -> None:
         predict_morphology=None,
         data=asked.description,
         seed=asked.seed,
+        networks=networks,
+        lpips=distance,
     )
     _finish(asked.out, found, started, private=not asked.public)
     if asked.as_json:
@@ -84,16 +94,23 @@ def evaluate_release(asked: Asked) -> None:
         show_evaluation(found)
 
 
-def attack(asked: Asked) -> None:
+def attack(asked: Asked, transcript: Path | None = None) -> None:
     """Attack a release, write what was found, and print it.
+
+    Args:
+        asked: what was typed.
+        transcript: folder of every message of the study's training (`fedsynth.attacks.transcript`), for a coordinator who
+            attacks.
 
     Raises:
         UsageError, Refused: see `read_release`, `evaluated_patients` and `attack_release`; ``result_exists``.
     """
     from fedsynth.attacks.run import attack_release
+    from fedsynth.attacks.transcript import Transcript
 
-    from fedsynth.evaluation.evaluate import phantom_extractor
-
+    _require_new(asked.out)
+    if transcript is not None and not transcript.is_dir():
+        raise UsageError("transcript_missing", f"There is no folder {transcript}.")
     synthetic, real = _read(asked)
     started = time.monotonic()
     found = attack_release(
@@ -101,9 +118,10 @@ def attack(asked: Asked) -> None:
         real.train,
         real.holdout,
         synthetic,
-        phantom_extractor(len(synthetic.plan.image.sequences), np.random.default_rng(asked.seed)),
-        asked.description,
-        asked.seed,
+        extractor=None,
+        data=asked.description,
+        seed=asked.seed,
+        transcript=None if transcript is None else Transcript(transcript),
     )
     _finish(asked.out, found, started, private=not asked.public)
     if asked.as_json:
@@ -129,7 +147,7 @@ def audit_mechanisms(plan_path: Path, out: Path, as_json: bool) -> None:
     if not as_json:
         show_audit(found)
     if not found.ok:
-        failed = [module.module for module in found.modules if not module.ok]
+        failed: list[str] = [module.module for module in found.modules if not module.ok]
         failed += [check.title for check in found.checks if not check.ok]
         raise JobFailed(
             "audit_failed",
@@ -142,7 +160,6 @@ def audit_mechanisms(plan_path: Path, out: Path, as_json: bool) -> None:
 
 def _read(asked: Asked) -> tuple[ReleasedPatients, Evaluated]:
     """What is cheap to refuse is refused before anything is computed."""
-    _require_new(asked.out)
     folders = named_folders(asked.cohorts)
     say("Reading the release")
     synthetic = read_release(asked.release)

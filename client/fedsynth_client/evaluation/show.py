@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -28,8 +30,10 @@ def show_evaluation(found: Evaluation, console: Console | None = None) -> None:
         for name in ("synthetic", "95 % interval", "real", "floor"):
             table.add_column(name, justify="right", no_wrap=True)
         for figure in section.figures:
-            table.add_row(f"{_ARROWS[figure.better]} {escape(figure.metric)}{_reason(figure)}", *_cells(figure))
+            table.add_row(f"{_ARROWS[figure.better]} {escape(figure.metric)}", *_cells(figure))
         console.print(table)
+        for reason, metrics in _unmeasured(section.figures).items():
+            console.print(f"[dim]{escape('; '.join(metrics))}. {escape(reason)}[/]", soft_wrap=True)
 
 
 def show_attacks(found: Attacks, console: Console | None = None) -> None:
@@ -103,12 +107,14 @@ def _cells(figure: Figure) -> tuple[str, str, str, str]:
     return _number(figure.synthetic), ends, _number(figure.real), _number(figure.floor)
 
 
-def _reason(figure: Figure) -> str:
-    """Why there is no value, which the end of the note says."""
-    if figure.synthetic is not None:
-        return ""
-    start = figure.note.find("Not measured")
-    return f"\n  [dim]{escape(figure.note[max(start, 0) :])}[/]" if figure.note else ""
+def _unmeasured(figures: Sequence[Figure]) -> dict[str, list[str]]:
+    """The measures without a value by the reason, which the end of a note says."""
+    found: dict[str, list[str]] = {}
+    for figure in figures:
+        if figure.synthetic is None:
+            reason = figure.note[max(figure.note.find("Not measured"), 0) :] or "Not measured."
+            found.setdefault(reason, []).append(figure.metric)
+    return found
 
 
 def _rate(rate: Rate) -> str:
