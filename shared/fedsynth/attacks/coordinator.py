@@ -167,15 +167,14 @@ def _of_updates(
     sample = (count + np.flatnonzero(is_reference[outside])).tolist()
     require_rows("held-out patients", labels.numpy()[count:], 2)
     members = {site: np.flatnonzero(_of_site(train, site)[inside]).tolist() for site in sites}
-    others = {
-        site: (count + np.flatnonzero(_of_site(holdout, site)[outside] & ~is_reference[outside])).tolist()
-        for site in sites
-    }
-    rows = {site: members[site] + others[site] for site in sites}
+    held = {site: count + np.flatnonzero(_of_site(holdout, site)[outside]) for site in sites}
+    judged = {site: (numbers[~is_reference[outside][numbers - count]]).tolist() for site, numbers in held.items()}
     model = network(plan, module)
     loss = patient_loss(plan, module, genes, morphology, labels, torch.Generator().manual_seed(seed))
-    aligned = update_alignment(model, loss, rows, sample, transcript, module, training.max_grad_norm)
-    dropped = loss_drop(model, loss, rows, transcript, module)
+    scored_rows = {site: members[site] + judged[site] for site in sites}
+    aligned = update_alignment(model, loss, scored_rows, sample, transcript, module, training.max_grad_norm)
+    everybody = {site: members[site] + held[site].tolist() for site in sites}
+    dropped = loss_drop(model, loss, everybody, transcript, module)
     name, scored = _NAMES[module], []
     for site in sites:
         scored += [
@@ -187,7 +186,7 @@ def _of_updates(
                 "Nasr et al. 2019; Li et al. 2022 (cosine attack)",
                 *parted(aligned[site], len(members[site])),
                 site=site,
-                note="The directions of reference patients' gradients are taken out of each update first.",
+                note="Directions count less the more the gradients of reference patients vary along them.",
             ),
             Scored(
                 f"loss-drop-{module}",

@@ -19,7 +19,7 @@ from fedsynth.models.dcgan import Generator, make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.records import WEIGHTS, State
 
-_ROUNDS, _SLICES, _DRAWS, _AT_ONCE = 4, 4, 2, 32
+_ROUNDS, _SLICES, _DRAWS, _AT_ONCE = 3, 3, 1, 32
 
 
 def generator_approach(

@@ -21,6 +21,7 @@ from fedsynth.plan import Module, StudyPlan
 from fedsynth.records import WEIGHTS, State
 
 _DRAWS = 4  # of the autoencoder's latent noise, the same for all patients
+_MOST_REFERENCES = 100
 _TINY = 1e-12
 
 # Model and row number of a patient -> the patient's loss.
@@ -78,8 +79,9 @@ def update_alignment(
 ) -> dict[str, Scores]:
     """Alignment of each site's updates with the patients' own gradients, summed over all rounds.
 
-    Gradients are taken at the weights that were sent, and clipped as in training. What is common to all patients says
-    nothing of one of them, so the directions of the reference patients' gradients are first taken out of the update.
+    Gradients are taken at the weights that were sent, and clipped as in training. What all patients have in common says
+    nothing of one of them, so directions count less the more the gradients of reference patients vary along them, as in a
+    matched filter (their second moment, with its mean eigenvalue added to all).
 
     Args:
         model: the network, whose weights are overwritten.
@@ -98,13 +100,12 @@ def update_alignment(
     for number in rounds:
         sent = transcript.sent(module, number)[WEIGHTS[module]]
         model.load_state_dict(sent)
-        common = _span([_gradient(model, loss, row) for row in reference])
+        weigh = _whitener([_gradient(model, loss, row) for row in reference[:_MOST_REFERENCES]])
         for site, numbers in rows.items():
             if number not in transcript.rounds(module, site):
                 continue
-            update = _update(model, sent, transcript.reply(module, number, site))
-            own = update if common is None else update - common @ (common.T @ update)
-            direction = own / own.norm().clamp(min=_TINY)
+            direction = weigh(_update(model, sent, transcript.reply(module, number, site)))
+            direction = direction / direction.norm().clamp(min=_TINY)
             for place, row in enumerate(numbers):
                 gradient = _gradient(model, loss, row)
                 scores[site][place] -= float(direction @ gradient) / max(float(gradient.norm()), clip)
@@ -144,6 +145,14 @@ def _update(model: nn.Module, sent: State, received: State) -> Tensor:
     return torch.cat([(received[name] - sent[name]).reshape(-1) for name, _ in model.named_parameters()])
 
 
-def _span(gradients: list[Tensor]) -> Tensor | None:
-    """(P, R) an orthonormal basis of what the gradients span; None without any."""
-    return torch.linalg.qr(torch.stack(gradients, dim=1)).Q if gradients else None
+def _whitener(gradients: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Multiplies (P,) by the inverse of the second moment of R gradients, regularised; by a constant factor.
+
+    There are far more parameters than gradients, so the inverse is that of a matrix of size R (Woodbury).
+    """
+    if not gradients:
+        return lambda update: update
+    rows = torch.stack(gradients)
+    gram = rows @ rows.T
+    inverse = torch.linalg.inv(gram + gram.diagonal().mean() * torch.eye(len(rows)))
+    return lambda update: update - rows.T @ (inverse @ (rows @ update))
