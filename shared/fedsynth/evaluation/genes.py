@@ -346,7 +346,8 @@ def _differences(plan: StudyPlan, recovered: Recovery | NotMeasurable) -> list[F
             called,
             "Share of the genes not called in real patients that are called in each column. Some of them do differ and "
             "were missed for want of patients, hence 'real' is not 0. Far above it, genes differ that should not; below it "
-            f"with a low true positive rate, differences were lost.{rate}.",
+            "with a low true positive rate, differences were lost. Genes move together, so one chance difference among the "
+            f"synthetic patients moves many.{rate}.",
         ),
         row(
             f"Agreement of the differences by {label} (rank correlation)",

@@ -125,6 +125,7 @@ def _slices(
     positive = positive_slices(test, pixels)
 
     def train(*sets: Volumes | NotMeasurable) -> nn.Module:
+        _testable(test)  # nobody trains for nobody to be tested on
         return train_classifier([value_of(one) for one in sets], pixels, rng, CLASSIFIER_STEPS)
 
     def by_position(patients: Volumes) -> Scores:
@@ -172,6 +173,7 @@ def _dice(volumes: Columns[Volumes], seen: Columns[Volumes], rng: np.random.Gene
     test = value_of(seen.real)
 
     def train(*sets: Volumes | NotMeasurable) -> nn.Module:
+        _testable(test)
         return train_segmenter([value_of(one) for one in sets], rng, UNET_STEPS)
 
     def mean(values: Scores) -> Tested:
