@@ -196,6 +196,14 @@ def test_what_drowns_in_noise_is_called_so() -> None:
     assert sum(score.drowned for score in drowned) > 0.9 * len(drowned)
     assert all(score.drowned for score in drowned if score.value is None)
     assert all(score.interval is None and score.floor is None for score in drowned if score.value is None)
+    # Where there is nothing but noise, no score looks sharp by chance.
+    noise = [
+        score
+        for _ in range(3000)
+        for score in noisy_scores(torch.randn(ROW_SIZE, generator=generator, dtype=torch.float64), 1.0)
+    ]
+    assert sum(score.value is not None for score in noise) > 50
+    assert all(score.drowned for score in noise)
     none = noisy_scores(torch.zeros(ROW_SIZE), 1.0)
     assert all(score.drowned and score.value is None and score.gain is None for score in none)
     clear = [score for _ in range(50) for score in read(0.5, 60.0, generator)]

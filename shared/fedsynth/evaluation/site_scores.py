@@ -42,7 +42,7 @@ BEARING_MM2 = 100.0
 
 _SCALE = 1 / math.sqrt(ROW_SIZE)  # every entry is between -1 and 1
 _NORMAL_95 = 1.959963984540054
-_DROWNED = 0.5  # width of an interval above which nothing is said
+_DROWNED = 0.5  # width of an interval above which a score is called drowned
 
 _MEANINGS = (
     ScoreMeaning(
@@ -232,7 +232,7 @@ def noisy_scores(total: Tensor, noise_sd: float) -> list[NoisyScore]:
 
 
 def expected_width(patients: float, noise_sd: float) -> float:
-    """Width of the interval of a score of three quarters, over so many patients; 1, all there is, where noise drowns it.
+    """Width of the interval of a score of three quarters over so many patients, 1 being all there is.
 
     Args:
         patients: in whom the score can be measured.
@@ -242,7 +242,7 @@ def expected_width(patients: float, noise_sd: float) -> float:
     found = ratio_interval(0.5 * patients, patients, sd, sd)
     if found is None:
         return 1.0
-    return (min(found[1], 1.0) - max(found[0], -1.0)) / 2
+    return min((found[1] - found[0]) / 2, 1.0)
 
 
 def _score(
@@ -256,8 +256,7 @@ def _score(
 ) -> NoisyScore:
     """`centred` and `floor` are sums of 2 s - 1."""
     around = ratio_interval(centred, patients, sd, sd)
-    low, high = (-2.0, -2.0) if around is None else (max(around[0], -1.0), min(around[1], 1.0))
-    if around is None or low > high:  # not bounded, or nowhere near a possible score: the noise was unusually large
+    if around is None or around[0] > 1 or around[1] < -1:  # not bounded, or no possible score in it
         return NoisyScore(
             name=name,
             value=None,
@@ -268,7 +267,7 @@ def _score(
             patients=patients,
             drowned=True,
         )
-    interval, ratio = ((low + 1) / 2, (high + 1) / 2), centred / patients
+    interval, ratio = (_unit(around[0]), _unit(around[1])), centred / patients
     beneath, gain = constant_floor, None
     if constant_floor is not None:
         gain = (interval[0] - constant_floor, interval[1] - constant_floor)
@@ -285,7 +284,9 @@ def _score(
         floor=beneath,
         gain=gain if gain is None or gain[0] <= gain[1] else None,
         patients=patients,
-        drowned=interval[1] - interval[0] > _DROWNED,
+        # Before it is cut off at 0 and 1: where all is noise, the number of patients may come out positive by chance, and
+        # what little of a wide interval lies between 0 and 1 would look sharp.
+        drowned=(around[1] - around[0]) / 2 > _DROWNED,
     )
 
 

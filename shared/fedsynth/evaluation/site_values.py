@@ -33,7 +33,8 @@ class NoisyScore(_Value):
 
     Attributes:
         name: which score.
-        value: noisy mean, cut off at 0 and 1; None where not even the number of patients stands out of the noise.
+        value: noisy mean, cut off at 0 and 1; None where not even the number of patients stands out of the noise, or where
+            the noise came out so large that its interval holds no possible score.
         interval: 95 % interval of the mean over *these* patients: it holds the noise, not that other patients would give
             another mean; None where `value` is.
         standard_error: of `value`, due to the noise; None where `value` is.
@@ -42,7 +43,8 @@ class NoisyScore(_Value):
         gain: 95 % interval of the difference between the score and its floor; above 0 as a whole, the generator's
             patients have taught something; None where `floor` is, or where the noise leaves no such difference.
         patients: noisy number of patients in whom the score could be measured; may be below 0.
-        drowned: the noise leaves nothing to say: `value` is None, or `interval` covers more than half of all values.
+        drowned: the noise leaves next to nothing to say: `value` is None, or its interval, not yet cut off at 0 and 1, is
+            more than 0.5 wide.
     """
 
     name: ScoreName
