@@ -1,8 +1,8 @@
 """Structural similarity (Wang et al., 2004) and its form over several scales (Wang et al., 2003), by torchmetrics.
 
-`similarity` agrees with scikit-image's `structural_similarity` with a Gaussian window, and both with torchmetrics, to
-1e-4. Between *different* patients they measure diversity, to be read against real patients: well above means too
-little variety, well below means noise.
+`similarity` agrees with scikit-image's `structural_similarity` with a Gaussian window to 1e-5, but for the margin of half a
+window, which scikit-image leaves out. Between *different* patients both measure diversity, to be read against real
+patients: well above means too little variety, well below means noise.
 """
 
 from __future__ import annotations
