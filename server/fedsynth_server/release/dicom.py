@@ -22,11 +22,11 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_ui
 from pydicom.valuerep import DSfloat
 
 from fedsynth import __version__
+from fedsynth.sequences import MrSequence, mr_sequences
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.release.facts import MODEL, NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, SOFTWARE, ReleaseFacts
 from fedsynth_server.release.geometry import IMAGE_ORIENTATION_PATIENT, STORED_MAXIMUM, Grid, to_stored
 from fedsynth_server.release.patients import patient_key
-from fedsynth_server.release.sequences import MrSequence, mr_sequences
 
 SEGMENTATION_FOLDER = "SEG"
 _DEIDENTIFICATION = "Synthetic: holds no acquired patient data"

@@ -21,11 +21,11 @@ from pydicom.uid import MRImageStorage, SegmentationStorage
 
 from fedsynth.errors import Refused
 from fedsynth.files import read_json
+from fedsynth.sequences import mr_sequences
 from fedsynth_server.release.bids import NIFTI_DESCRIPTION, image_path, mask_path
 from fedsynth_server.release.dicom import MR_ATTRIBUTES, SEGMENTATION_FOLDER, patient_name
 from fedsynth_server.release.geometry import Grid
 from fedsynth_server.release.opened import Release
-from fedsynth_server.release.sequences import mr_sequences
 
 # So many patients, spread over the release, have their voxels compared between NIfTI and DICOM.
 _COMPARED = 4

@@ -24,6 +24,7 @@ from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import DISK_FULL, read_json
 from fedsynth.limits import Limits
 from fedsynth.plan import StudyPlan
+from fedsynth.sequences import mr_sequences
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.outcome import Outcome
@@ -40,7 +41,7 @@ from fedsynth_server.release.checks import content_checks
 from fedsynth_server.release.content import OUTCOME, privacy_faults
 from fedsynth_server.release.croissant import write_croissant
 from fedsynth_server.release.datasheet import datasheet
-from fedsynth_server.release.decision import GateDecision, OverrideRequest, sign_override
+from fedsynth_server.release.decision import GateCheck, GateDecision, OverrideRequest, sign_override
 from fedsynth_server.release.evidence import Evidence, read_evidence, write_evidence
 from fedsynth_server.release.facts import Publication, ReleaseFacts
 from fedsynth_server.release.gate import FILE as GATE
@@ -50,7 +51,6 @@ from fedsynth_server.release.jsonfile import dump
 from fedsynth_server.release.manifest import fingerprint, load_key, write_manifest
 from fedsynth_server.release.opened import Release, open_release, read_tsv
 from fedsynth_server.release.preview import ReferenceExamples
-from fedsynth_server.release.sequences import mr_sequences
 from fedsynth_server.release.tables import PARTICIPANTS
 from fedsynth_server.release.texts import readme
 
@@ -280,7 +280,7 @@ def _answered(decision: GateDecision, override: OverrideRequest | None, key: Ed2
         ReleaseRefused: ``release_gate``, ``override_differs``.
     """
     failed = decision.failed
-    listed = "".join(f"\n- {check.id}: {check.finding}\n  What could be done: {check.remedy}" for check in failed)
+    listed = _listed(failed)
     final = [check.id for check in failed if not check.overridable]
     if final or (failed and override is None):
         count = "one check" if len(failed) == 1 else f"{len(failed)} checks"
@@ -297,6 +297,16 @@ def _answered(decision: GateDecision, override: OverrideRequest | None, key: Ed2
             decision,
         )
     return decision.model_copy(update={"override": sign_override(override, decision, key)})
+
+
+def _listed(failed: list[GateCheck]) -> str:
+    """What failed, by how much, and what could be done, a line each; checks that failed alike stand together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for check in failed:
+        alike.setdefault((check.finding, check.remedy), []).append(check.id)
+    return "".join(
+        f"\n- {', '.join(ids)}: {finding}\n  What could be done: {remedy}" for (finding, remedy), ids in alike.items()
+    )
 
 
 def _describe(
