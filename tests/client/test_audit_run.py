@@ -14,7 +14,7 @@ from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import UsageError
-from fedsynth.plan import TRAINED, Module, StudyPlan
+from fedsynth.plan import TRAINED, Activity, Module, StudyPlan
 from fedsynth_client.auditing.checks import Noiseless
 from fedsynth_client.auditing.run import audit_module, audit_plan
 from fedsynth_client.auditing.standins import alike, canary_patients, flat, released, stand_in, step_weights
@@ -25,13 +25,14 @@ PUBLIC = {"sha256": "0" * 64, "provenance": "made up here"}
 
 @pytest.fixture
 def statistics_plan(tiny_plan: StudyPlan) -> StudyPlan:
-    """A plan of the two statistics alone, of two sites."""
+    """A plan of the two statistics and an evaluation of held-out patients, of two sites."""
     values = tiny_plan.model_dump(mode="python")
     for module in TRAINED:
         values[module]["rounds"] = 0
     values["moments"] = {"budget_share": 0.5, "public": PUBLIC}
     values["embedding"] = {"budget_share": 0.5, "public": PUBLIC}
     values["privacy"]["epsilon"] = 3.0
+    values["site_evaluation"] = {"epsilon": 1.0}
     values["sites"] = [{"name": "large", "nominal_patients": 400}, {"name": "small", "nominal_patients": 50}]
     return StudyPlan.model_validate(values)
 
@@ -111,7 +112,7 @@ def test_canaries_of_networks_show_when_the_noise_is_slight(tiny_plan: StudyPlan
 
 
 def test_the_site_with_the_fewest_patients_is_audited_unless_another_is_named(statistics_plan: StudyPlan) -> None:
-    canaries: dict[Module, int] = {"moments": 64, "embedding": 64}
+    canaries: dict[Activity, int] = {"moments": 64, "embedding": 64, "evaluation": 64}
     found = audit_plan(statistics_plan, canaries=canaries)
     assert {module.site for module in found.modules} == {"small"}
     other = audit_plan(statistics_plan, site="large", canaries=canaries)
@@ -125,7 +126,7 @@ def test_an_audit_says_what_it_is_of_and_survives_its_file(statistics_plan: Stud
     assert found.ok
     assert found.plan_digest == statistics_plan.digest
     assert found.code == code_digest()
-    assert [module.module for module in found.modules] == list(statistics_plan.modules)
+    assert [module.module for module in found.modules] == ["moments", "embedding", "evaluation"]
     assert Audit.model_validate_json(found.model_dump_json()) == found
     for module in found.modules:
         assert module.reachable > module.claimed_epsilon >= module.epsilon_bound

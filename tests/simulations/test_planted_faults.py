@@ -124,6 +124,18 @@ def _noise_in_the_first_step_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PatientDPOptimizer, "add_noise", add_noise)
 
 
+def _no_noise_in_biases(patch: pytest.MonkeyPatch) -> None:
+    noisy = PatientDPOptimizer.add_noise
+
+    def add_noise(self: PatientDPOptimizer) -> None:
+        noisy(self)
+        for parameter in self.params:
+            if parameter.dim() == 1:
+                parameter.grad = parameter.summed_grad.clone()
+
+    patch.setattr(PatientDPOptimizer, "add_noise", add_noise)
+
+
 def _the_same_noise_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SystemRandomness, "normal", lambda _, shape, std: SeededRandomness(1).normal(shape, std))
 
@@ -147,7 +159,9 @@ def test_halved_noise_is_caught_by_the_noise_scale(
     assert fails(noise_scale(plan, SITE, module))
 
 
-@pytest.mark.parametrize("plant", [_noise_forgotten_by_the_optimiser, _noise_in_the_first_step_only])
+@pytest.mark.parametrize(
+    "plant", [_noise_forgotten_by_the_optimiser, _noise_in_the_first_step_only, _no_noise_in_biases]
+)
 @pytest.mark.parametrize("module", TRAINED)
 def test_noise_that_steps_lack_is_caught_by_the_noise_scale(
     plan: StudyPlan, monkeypatch: pytest.MonkeyPatch, plant: Plant, module: Module

@@ -21,18 +21,18 @@ from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import make_discriminator
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, StudyPlan
 from fedsynth.records import State
 from fedsynth_client.auditing.standins import Patients, StandIn, canary_patients, proportional_gan, stand_in
 from fedsynth_client.training.statistic import TOTAL
 
 _AT_ONCE = 64  # images whose gradients are computed together
-_NEARLY_EXACT = 1e-6  # of the largest eigenvalue: what steadies a least-squares fit without bending it
+_NEARLY_EXACT = 1e-9  # of the largest eigenvalue: what steadies a least-squares fit without bending it
 
 
 def run_with_canaries(
     plan: StudyPlan,
-    module: Module,
+    module: Activity,
     block: Mechanism,
     rounds: int,
     members: Flags,

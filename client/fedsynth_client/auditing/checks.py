@@ -20,11 +20,11 @@ from scipy.stats import binom, chi2, norm
 from torch import Tensor
 
 from fedsynth.auditing.values import MechanismCheck
-from fedsynth.budget import mechanism
+from fedsynth.budget import charge, mechanism
 from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedsynth.errors import JobFailed, Refused
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, StudyPlan
 from fedsynth.records import WEIGHTS, check_reply, progress_record, to_record
 from fedsynth_client.auditing.standins import (
     Patients,
@@ -66,29 +66,51 @@ class Noiseless:
         return torch.zeros(tuple(shape))
 
 
-def noise_scale(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
-    """Whether released values without any patient have the variance that was charged, in every step."""
-    block = _short(mechanism(plan, site, module), module)
-    stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
-    noise = flat(released(stand, stand.block(_nobody(stand, module), block, SystemRandomness())))
-    weights = step_weights(stand, block.steps)
-    expected = block.noise_multiplier * float(weights.square().sum().sqrt())
-    low, high = (math.sqrt(float(chi2.ppf(p, len(noise))) / len(noise)) for p in (_ALARM / 2, 1 - _ALARM / 2))
-    ratio = float(noise.square().mean().sqrt()) / expected
+def noise_scale(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
+    """Whether what is released without any patient has the variance that was charged, in every step and parameter.
+
+    Each parameter, however small, is held against its own interval of chance: a bias without noise must not hide among
+    thousands of weights that have it.
+    """
+    block = _short(charge(plan, site, module).mechanism)
+    stand = _without_start(stand_in(plan, module, _NOISE_GENES, block.noise_multiplier))
+    parts = released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))
+    expected = block.noise_multiplier * float(step_weights(stand, block.steps).square().sum().sqrt())
+    outside = []
+    for name, values in parts.items():
+        low, high = _spread_by_chance(values.numel(), _ALARM / len(parts))
+        ratio = float(values.square().mean().sqrt()) / expected
+        if not low * (1 - _TOLERANCE) <= ratio <= high * (1 + _TOLERANCE):
+            outside.append(f"{name} has {ratio:.4f} times it")
+    everything = flat(parts)
+    low, high = _spread_by_chance(len(everything), _ALARM)
+    whole = float(everything.square().mean().sqrt()) / expected
     return MechanismCheck(
         id="noise-scale",
         title="The noise is as large as was charged",
         module=module,
-        ok=low * (1 - _TOLERANCE) <= ratio <= high * (1 + _TOLERANCE),
-        finding=f"{len(noise)} released values without patients have {ratio:.4f} times the standard deviation of "
-        f"{block.noise_multiplier:g} clipping norms that was charged (chance alone gives {low:.3f} to {high:.3f}).",
+        ok=not outside,
+        finding=f"{len(everything)} values released without patients have {whole:.4f} times the standard deviation of "
+        f"{block.noise_multiplier:g} clipping norms that was charged (chance alone gives {low:.3f} to {high:.3f})"
+        + (f"; {'; '.join(outside)}." if outside else "."),
     )
 
 
-def noise_is_fresh(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+def _spread_by_chance(count: int, alarm: float) -> tuple[float, float]:
+    """Between which values the root mean square of `count` standard normal values lies but for a chance of `alarm`."""
+    low, high = (math.sqrt(float(chi2.ppf(p, count)) / count) for p in (alarm / 2, 1 - alarm / 2))
+    return low, high
+
+
+def _without_start(stand: StandIn) -> StandIn:
+    """The stand-in with all weights 0 at first, of which every change can be read off: fit for noise, not for patients."""
+    return replace(stand, weights={name: torch.zeros_like(tensor) for name, tensor in stand.weights.items()})
+
+
+def noise_is_fresh(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether two runs of the same task draw noise of their own."""
-    block = replace(mechanism(plan, site, module), steps=1)
-    stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
+    block = replace(charge(plan, site, module).mechanism, steps=1)
+    stand = _without_start(stand_in(plan, module, _NOISE_GENES, block.noise_multiplier))
     first, second = (
         flat(released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))) for _ in range(2)
     )
@@ -106,7 +128,7 @@ def noise_is_fresh(plan: StudyPlan, site: str, module: Module) -> MechanismCheck
     )
 
 
-def clipping_binds(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+def clipping_binds(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether adding one patient, however extreme, moves the un-noised sum by at most the clipping norm.
 
     The sum is measured with and without the patient, beside a few others. A patient of whom the clip leaves a whole norm
@@ -131,7 +153,7 @@ def clipping_binds(plan: StudyPlan, site: str, module: Module) -> MechanismCheck
     )
 
 
-def patient_counts_once(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+def patient_counts_once(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether a patient, drawn for certain, adds one clipped contribution however many slices or values there are."""
     stand, block = _read_off(plan, module, _FEW), _everybody(plan, site, module)
     one = alike(module, plan, _FEW, 1)
@@ -148,14 +170,13 @@ def patient_counts_once(plan: StudyPlan, site: str, module: Module) -> Mechanism
     )
 
 
-def sampling_rate(plan: StudyPlan, site: str, module: Module, repeats: int = 4) -> MechanismCheck:
+def sampling_rate(plan: StudyPlan, site: str, module: Activity, repeats: int = 4) -> MechanismCheck:
     """Whether a step draws patients as often as was charged.
 
     All patients are alike, so the length of an un-noised sum is the number of those drawn. Twice as many slices as
     patients drawn one by one would show as twice the number.
     """
-    section = mechanism(plan, site, module)
-    block = replace(section, steps=1)
+    block = replace(charge(plan, site, module).mechanism, steps=1)
     stand = _read_off(plan, module, _FEW, size=float(_MANY))
     crowd = alike(module, plan, _FEW, _MANY)
     draws = [float(_sum(stand, crowd, block, SystemRandomness()).norm()) for _ in range(repeats)]
@@ -234,9 +255,9 @@ def _is_refused(ledger: Ledger, plan: StudyPlan, site: str) -> bool:
     return False
 
 
-def closed_list(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+def closed_list(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether a round's result holds what may leave and nothing else, and a reply with a loss on patients is refused."""
-    block = _short(mechanism(plan, site, module), module)
+    block = _short(charge(plan, site, module).mechanism)
     stand = stand_in(plan, module, _FEW, block.noise_multiplier)
     result = stand.block(canary_patients(module, plan, _FEW), block, SystemRandomness())
     extra = sorted(set(result.progress) - PROGRESS[module])
@@ -257,7 +278,7 @@ def closed_list(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
     )
 
 
-def _passes(module: Module, weights: dict[str, Tensor], progress: dict[str, float], more: str | None = None) -> bool:
+def _passes(module: Activity, weights: dict[str, Tensor], progress: dict[str, float], more: str | None = None) -> bool:
     from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
     receipt = ConfigRecord({"head": "0" * 64, "epsilon": 1.0, "epsilon_lifetime": 1.0, "steps": 1, "private": True})
@@ -275,7 +296,7 @@ def _passes(module: Module, weights: dict[str, Tensor], progress: dict[str, floa
     return True
 
 
-def progress_is_public(plan: StudyPlan, site: str, module: Module) -> MechanismCheck:
+def progress_is_public(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether the progress that is sent with a result tells of patients only what the result itself tells.
 
     The same task is run on two cohorts that have nothing in common, with equal draws and equal noise. Of a network over
@@ -315,22 +336,22 @@ def _update_norm(stand: StandIn, after: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(change) for change in changes))
 
 
-def _short(block: Mechanism, module: Module) -> Mechanism:
+def _short(block: Mechanism) -> Mechanism:
     """A block of few steps, so that noise that is missing in later steps shows."""
-    return block if module in ("moments", "embedding") else replace(block, steps=min(block.steps, _STEPS))
+    return replace(block, steps=min(block.steps, _STEPS))
 
 
-def _everybody(plan: StudyPlan, site: str, module: Module) -> Mechanism:
+def _everybody(plan: StudyPlan, site: str, module: Activity) -> Mechanism:
     """One step that draws everybody."""
-    return Mechanism(1.0, mechanism(plan, site, module).noise_multiplier, 1)
+    return replace(charge(plan, site, module).mechanism, sample_rate=1.0, steps=1)
 
 
-def _read_off(plan: StudyPlan, module: Module, genes: int, size: float = 10.0) -> StandIn:
+def _read_off(plan: StudyPlan, module: Activity, genes: int, size: float = 10.0) -> StandIn:
     """A stand-in whose released sums, of up to `size` clipping norms, can be read off."""
     return stand_in(plan, module, genes, size)
 
 
-def _nobody(stand: StandIn, module: Module) -> Patients:
+def _nobody(stand: StandIn, module: Activity) -> Patients:
     everyone = canary_patients(module, stand.plan, _FEW)
     if module != "gan":
         everyone = replace(everyone, rows=torch.zeros(1, _NOISE_GENES).expand(_FEW, -1))
@@ -342,7 +363,7 @@ def _sum(stand: StandIn, patients: Patients, block: Mechanism, draws: Randomness
     return flat(released(stand, stand.block(patients, block, Noiseless(draws))))
 
 
-def _extremes(module: Module, plan: StudyPlan) -> dict[str, Patients]:
+def _extremes(module: Activity, plan: StudyPlan) -> dict[str, Patients]:
     """Patients made to move a sum as far as can be, each by itself."""
     plain = alike(module, plan, _FEW, 1)
 

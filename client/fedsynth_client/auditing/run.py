@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 
 from fedsynth import __version__
 from fedsynth.auditing.code import code_digest
 from fedsynth.auditing.one_run import outcome, planned_guesses, reachable
 from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
-from fedsynth.budget import mechanism, planned_epsilon
+from fedsynth.budget import charge
+from fedsynth.dp.accounting import epsilon
 from fedsynth.dp.randomness import Randomness, SystemRandomness
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, StudyPlan
 from fedsynth.progress import say
 from fedsynth_client.auditing.canaries import run_with_canaries
 from fedsynth_client.auditing.checks import (
@@ -31,21 +33,24 @@ from fedsynth_client.auditing.wire import rounds_are_charged_and_closed
 CONFIDENCE = 0.95
 # How many canaries are tried in turn, until a broken mechanism could be told from what is claimed. The limits are
 # memory (a statistic's canaries have a coordinate each) and time (a GAN's are images).
-_CANARIES: dict[Module, tuple[int, ...]] = {
+_CANARIES: dict[Activity, tuple[int, ...]] = {
     "moments": (1024, 2048, 4096, 6144, 8192),
     "autoencoder": (1024, 2048, 4096),
     "radiogenomics": (1024, 2048, 4096),
     "embedding": (1024, 2048, 4096, 6144, 8192),
     "gan": (512, 1024, 2048),
+    "evaluation": (1024, 2048, 4096, 6144, 8192),
 }
 _MARGIN = 1.02
-_MODELS: dict[Module, str] = {
-    "moments": "the release of a noisy sum, with a coordinate for each canary",
+_RELEASE = "the release of a noisy sum, with a coordinate for each canary"
+_MODELS: dict[Activity, str] = {
+    "moments": _RELEASE,
     "autoencoder": "a stand-in of hidden layer 4 with a gene for each canary; all rounds' weights seen, each round started "
     "from weights chosen for the auditor",
     "radiogenomics": "a stand-in of hidden layer 4 with a gene for each canary, without dropout; all rounds' weights seen, "
     "each round started from weights chosen for the auditor",
-    "embedding": "the release of a noisy sum, with a coordinate for each canary",
+    "embedding": _RELEASE,
+    "evaluation": _RELEASE,
     "gan": "a stand-in of width 4 on slices of 32 x 32, with the clipping norm as the unit; the discriminator seen, which "
     "never leaves a site, started from weights chosen for the auditor",
 }
@@ -54,7 +59,7 @@ _MODELS: dict[Module, str] = {
 def audit_module(
     plan: StudyPlan,
     site: str,
-    module: Module,
+    module: Activity,
     canaries: int | None = None,
     randomness: Randomness | None = None,
 ) -> AuditedModule:
@@ -63,18 +68,19 @@ def audit_module(
     Args:
         plan: the plan.
         site: whose sample rate and noise are taken.
-        module: one of the plan's modules.
+        module: one of the plan's modules, or its evaluation of held-out patients.
         canaries: how many; by default as many as it takes to be able to refute the claim, if the machine can.
         randomness: of coins, draws and noise; by default the operating system's, as at a site.
     """
     started = time.monotonic()
     source = SystemRandomness() if randomness is None else randomness
-    section, block, delta = plan.training(module), mechanism(plan, site, module), plan.privacy.delta
-    claimed = planned_epsilon(plan, site, module)
+    block, rounds, delta = charge(plan, site, module).mechanism, plan.rounds(module), plan.privacy.delta
+    whole = replace(block, steps=block.steps * rounds)
+    claimed = epsilon([whole], delta, plan.privacy.accountant)
     count = _enough(module, claimed, delta) if canaries is None else canaries
-    guesses = planned_guesses(count, block.sample_rate, block.noise_multiplier, section.steps, delta, CONFIDENCE)
+    guesses = planned_guesses(count, block.sample_rate, block.noise_multiplier, whole.steps, delta, CONFIDENCE)
     members = (source.uniform(count) < 0.5).numpy()
-    looks = run_with_canaries(plan, module, block, section.rounds, members, guesses, source)
+    looks = run_with_canaries(plan, module, block, rounds, members, guesses, source)
     found = outcome(looks, members, delta, CONFIDENCE)
     return AuditedModule(
         module=module,
@@ -83,7 +89,7 @@ def audit_module(
         delta=delta,
         sample_rate=block.sample_rate,
         noise_multiplier=block.noise_multiplier,
-        steps=section.steps,
+        steps=whole.steps,
         canaries=count,
         guesses=found.guesses,
         correct=found.correct,
@@ -96,7 +102,7 @@ def audit_module(
     )
 
 
-def _enough(module: Module, claimed: float, delta: float) -> int:
+def _enough(module: Activity, claimed: float, delta: float) -> int:
     """The fewest canaries of `_CANARIES` of which all, guessed right in one of two looks, refute `claimed`."""
     sizes = _CANARIES[module]
     return next((m for m in sizes if reachable((m, m), m, delta, CONFIDENCE) > _MARGIN * claimed), sizes[-1])
@@ -113,7 +119,7 @@ def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
         closed_list,
         progress_is_public,
     )
-    found = [check(plan, site, module) for module in plan.modules for check in of_module]
+    found = [check(plan, site, module) for module in plan.activities for check in of_module]
     return [
         *found,
         accountant_composes(plan, site),
@@ -126,7 +132,7 @@ def audit_plan(
     plan: StudyPlan,
     site: str | None = None,
     randomness: Randomness | None = None,
-    canaries: Mapping[Module, int] | None = None,
+    canaries: Mapping[Activity, int] | None = None,
 ) -> Audit:
     """Audit the mechanisms of `plan` as this installation would run them; no patient takes part.
 
@@ -144,7 +150,7 @@ def audit_plan(
     started = time.monotonic()
     chosen = min(plan.sites, key=lambda each: each.nominal_patients).name if site is None else plan.site(site).name
     modules = []
-    for module in plan.modules:
+    for module in plan.activities:
         say(f"Running {module} with canaries")
         modules.append(audit_module(plan, chosen, module, (canaries or {}).get(module), randomness))
     say("Checking the mechanisms")

@@ -22,7 +22,7 @@ from fedsynth.dp.randomness import Randomness
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import LabelPlan, Module, StudyPlan
+from fedsynth.plan import Activity, LabelPlan, SiteEvaluationPlan, StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training import adversarial, profiles, statistic
@@ -94,7 +94,7 @@ class StandIn:
             the GAN, by what the first moment of the discriminator's optimiser is.
     """
 
-    module: Module
+    module: Activity
     plan: StudyPlan
     weights: State
     local: State
@@ -110,7 +110,7 @@ class StandIn:
 
 def run_block(
     plan: StudyPlan,
-    module: Module,
+    module: Activity,
     weights: State,
     local: State,
     patients: Patients,
@@ -122,9 +122,8 @@ def run_block(
     The functions are looked up in their modules at each call, so that what is audited is what a site would run.
     """
     match module:
-        case "moments" | "embedding":
-            norm = plan.training(module).max_grad_norm
-            return statistic.release_statistic(patients.rows, mechanism, norm, randomness)
+        case "moments" | "embedding" | "evaluation":
+            return statistic.release_statistic(patients.rows, mechanism, max_norm(plan, module), randomness)
         case "autoencoder":
             return profiles.train_autoencoder(plan, weights, patients.rows, mechanism, randomness)
         case "radiogenomics":
@@ -137,7 +136,12 @@ def run_block(
             return adversarial.train_gan(plan, weights, local, pool, images, mechanism, randomness)
 
 
-def stand_in(plan: StudyPlan, module: Module, genes: int, noise: float) -> StandIn:
+def max_norm(plan: StudyPlan, module: Activity) -> float:
+    """The clipping norm of a patient's contribution."""
+    return SiteEvaluationPlan.max_grad_norm if module == "evaluation" else plan.training(module).max_grad_norm
+
+
+def stand_in(plan: StudyPlan, module: Activity, genes: int, noise: float) -> StandIn:
     """The stand-in of `module`.
 
     Args:
@@ -167,7 +171,7 @@ def proportional_gan(plan: StudyPlan, noise: float) -> StandIn:
     return replace(found, unit=ADAM_EPSILON * plan.gan.expected_batch / found.plan.gan.learning_rate)
 
 
-def canary_patients(module: Module, plan: StudyPlan, count: int) -> Patients:
+def canary_patients(module: Activity, plan: StudyPlan, count: int) -> Patients:
     """`count` made-up patients whose clipped contributions are as far apart as the stand-in allows.
 
     Statistics: each has a coordinate of its own. Networks over profiles: each expresses one gene, and that far beyond any
@@ -177,11 +181,11 @@ def canary_patients(module: Module, plan: StudyPlan, count: int) -> Patients:
     labels = torch.zeros(count, dtype=torch.int64)
     if module == "gan":
         return _image_canaries(count, labels)
-    scale = 10 * plan.training(module).max_grad_norm * (count if module == "autoencoder" else _HUGE)
+    scale = 10 * max_norm(plan, module) * (count if module == "autoencoder" else _HUGE)
     return Patients(torch.eye(count) * scale, torch.zeros(count, 1), labels)
 
 
-def alike(module: Module, plan: StudyPlan, genes: int, count: int) -> Patients:
+def alike(module: Activity, plan: StudyPlan, genes: int, count: int) -> Patients:
     """`count` patients who are all the first canary: an un-noised sum is their number times its clipped contribution."""
     return canary_patients(module, plan, genes)[torch.zeros(count, dtype=torch.int64)]
 
@@ -192,7 +196,7 @@ def released(stand: StandIn, result: BlockResult) -> State:
     Exact, up to rounding, for blocks of one step. For longer blocks it is the sum over steps s of a weight times what
     step s released, see `step_weights`.
     """
-    norm = stand.plan.training(stand.module).max_grad_norm
+    norm = max_norm(stand.plan, stand.module)
     if stand.module == "gan":
         moments = {name: t for name, t in result.local.items() if name.startswith("exp_avg/")}
         return {name.removeprefix("exp_avg/"): t.double() * stand.unit / norm for name, t in moments.items()}

@@ -26,7 +26,7 @@ from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.morphology import FEATURES
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Activity, Module, StudyPlan
 from fedsynth.profiles import profile_template
 from fedsynth.records import PUBLIC, WEIGHTS, State, state_digest, task_record, to_record
 from fedsynth_client import rounds
@@ -35,12 +35,13 @@ from fedsynth_client.site import Site
 
 # The closed list of what a reply holds beside weights, written down a second time on purpose: a quantity that is added
 # to the list of `fedsynth.records` fails the audit until somebody has looked at it here as well.
-PROGRESS: dict[Module, frozenset[str]] = {
+PROGRESS: dict[Activity, frozenset[str]] = {
     "moments": frozenset(),
     "autoencoder": frozenset({"update_norm"}),
     "radiogenomics": frozenset({"update_norm"}),
     "embedding": frozenset(),
     "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
+    "evaluation": frozenset(),
 }
 RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
 
@@ -105,6 +106,7 @@ def _not_as_agreed(reply: RecordDict, module: Module, expected: float) -> list[s
 def _small(plan: StudyPlan) -> tuple[StudyPlan, dict[str, State]]:
     """The plan in miniature, valid and approvable, and the public weights of its statistics."""
     values: dict[str, Any] = plan.model_dump(mode="python")
+    values["site_evaluation"] = None  # of other people, charged apart; its release is checked as a statistic's
     values["image"] |= {"size": 32, "slices": 2}
     values["genes"] |= {
         "panel": [f"G{i}" for i in range(_GENES)],

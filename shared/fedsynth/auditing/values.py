@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from fedsynth.plan import Module
+from fedsynth.plan import Activity
 
 
 class _Value(BaseModel):
@@ -17,6 +17,7 @@ class AuditedModule(_Value):
     """A module that was run once with canaries, each of which was in or out by a fair coin (Steinke et al., 2023).
 
     Attributes:
+        module: of the plan; or ``"evaluation"``, the release of held-out patients' scores.
         site: whose mechanism (sample rate and noise) was audited.
         claimed_epsilon: of this module alone, as its accountant says, at `delta`.
         canaries: m, all of whose memberships were drawn.
@@ -31,7 +32,7 @@ class AuditedModule(_Value):
         model: what the module was run with, in words.
     """
 
-    module: Module
+    module: Activity
     site: str
     claimed_epsilon: float
     delta: float
@@ -64,7 +65,7 @@ class MechanismCheck(_Value):
 
     id: str
     title: str
-    module: Module | None
+    module: Activity | None
     ok: bool
     finding: str
 
