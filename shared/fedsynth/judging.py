@@ -46,12 +46,14 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
         return _not_asked(limits)
     tried = [attack for attack in attacks.membership if attack.view == view]
     largest = max((min(attack.members, attack.non_members) for attack in tried), default=0)
+    if not tried:
+        return Judgement("failed", f"No attack was tried that sees {SEES[view]}.", _TRY_REMEDY)
     if largest < asked.least_patients:
-        found = f"on {largest} members and as many others at most" if tried else "at all"
         return Judgement(
             "failed",
-            f"No attack that sees {SEES[view]} was tried {found}; the limits ask for {asked.least_patients} of each.",
-            "Run the attacks with more patients (all sites together), or leave this view out of the limits with a reason.",
+            f"Attacks that see {SEES[view]} were tried on {largest} members, or as few others, at most; the limits ask for "
+            f"{asked.least_patients} of each.",
+            _TRY_REMEDY,
         )
     faults = [fault for attack in tried for fault in _faults(attack, limits)]
     refuting = [fault for attack in tried for fault in _refuting(attack, claimed)]
@@ -71,6 +73,10 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
     )
 
 
+_TRY_REMEDY = (
+    "Run the attacks with more patients (all sites together) and, for the coordinator's view, with the messages of the "
+    "training, where they were kept; or leave this view out of the limits, with a reason."
+)
 _LEAKS_REMEDY = (
     "Do not release these patients. Draw fewer or others, train with a smaller epsilon, or find what the model memorised; "
     "then attack again."
