@@ -493,7 +493,8 @@ def test_an_attack_that_refutes_the_claim_is_said_on_the_first_page(
 def test_a_rate_that_the_claim_forbids_is_marked(report: Callable[..., str], release_plan: StudyPlan) -> None:
     beyond = OperatingPoint(asked=0.01, reached=rate(0.0, 0.0, 0.00001), true_positive_rate=rate(0.995, 0.9, 0.999))
     source = report(attacks=attacks(release_plan, membership=[membership(points=[beyond])]))
-    assert '<b class="bad">99.5 %</b> (90 to 99.9 %) at 1 % false' in source
+    assert '<b class="bad">99.5\N{NO-BREAK SPACE}%</b>' in source
+    assert "99.5 % (90 to 99.9 %) at 1 % false positives" in Page(source).text
     assert '<b class="bad">' not in report()
 
 

@@ -270,11 +270,11 @@ def _membership(attack: MembershipAttack, claims: Mapping[str, float], delta: fl
         permitted = words.permitted_rate(min(1.0, point.reached.high), claimed, delta)
         points.append(
             PointView(
-                asked=f"{100 * point.asked:g} %",
+                asked=_percent(point.asked),
                 reached=_percents(point.reached),
-                found=f"{100 * point.true_positive_rate.value:.3g} %",
+                found=_percent(point.true_positive_rate.value),
                 interval=_percent_ends(point.true_positive_rate),
-                permitted="nearly all" if permitted > 0.9995 else f"{100 * permitted:.3g} %",
+                permitted="nearly all" if permitted > 0.9995 else _percent(permitted),
                 beyond=point.true_positive_rate.low > permitted,
             )
         )
@@ -354,8 +354,12 @@ def _ends(interval: tuple[float, float] | None) -> str:
 
 
 def _percents(rate: Rate) -> str:
-    return f"{100 * rate.value:.3g} % ({_percent_ends(rate)})"
+    return f"{_percent(rate.value)} ({_percent_ends(rate)})"
 
 
 def _percent_ends(rate: Rate) -> str:
-    return f"{100 * rate.low:.3g} to {100 * rate.high:.3g} %"
+    return f"{100 * rate.low:.3g} to {_percent(rate.high)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
