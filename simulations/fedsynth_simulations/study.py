@@ -281,7 +281,7 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
 def _federation(out: Path, plan: StudyPlan, names: list[str], wiretap: Wiretap, backend: Backend) -> StudyState:
     folder = out / "study"
     state = load_state(folder, plan)
-    if state is None or state.missing_rounds(plan):
+    if state is None or not state.finished(plan):
         folders = [out / "sites" / name for name in names]
         if backend == "ray":
             run_over_ray(folder, folders)
