@@ -15,7 +15,7 @@ from fedsynth.evaluation.gene_baselines import baseline_names, draw_marginals, d
 from fedsynth.evaluation.linear import class_scores
 from fedsynth.evaluation.recovery import HALVES, Recovered, Recovery, concordance_curve, over_halves, recover
 from fedsynth.evaluation.samples import Profiles
-from fedsynth.evaluation.tested import LEAST_IN_GROUP, Tested, groups_of, tested_figure, value_of
+from fedsynth.evaluation.tested import LEAST_IN_GROUP, Tested, groups_of, present, tested_figure, value_of
 from fedsynth.evaluation.values import Figure, Group, Section
 from fedsynth.metrics.bootstrap import Rows
 from fedsynth.metrics.coexpression import coexpression
@@ -218,19 +218,16 @@ def _distances_of(
     table that has the batch effect of one site is near to that one only.
     """
     codes = holdout.labels if by == "class" else holdout.sites
-    if len(np.unique(codes[(codes >= 0) & (codes < len(names))])) < 2:
-        return []
     groups = []
-    for code, name in enumerate(names):
-        rows = np.flatnonzero(codes == code)
+    for name, rows in present(names, codes):
 
-        def candidates(sample: Profiles, code: int = code) -> Profiles:
+        def candidates(sample: Profiles, code: int = int(codes[rows[0]])) -> Profiles:
             same = sample.take(np.flatnonzero(sample.labels == code)) if by == "class" else sample
             require_rows("profiles", same.genes, LEAST_IN_GROUP)
             return same
 
         found = replace(profiles, public_only=NOT_ASKED).map(candidates)
-        size = min(len(rows), *(len(s) for s in (found.synthetic, found.real) if isinstance(s, Profiles)), len(rows))
+        size = min([len(rows), *(len(s) for s in (found.synthetic, found.real) if isinstance(s, Profiles))])
 
         def distance(sample: Profiles, rows: Rows = rows, size: int = size) -> float:
             require_rows("held-out profiles", rows, LEAST_IN_GROUP)

@@ -89,12 +89,16 @@ def groups_of(
         rng: source of the intervals.
 
     Returns:
-        One a name, without a number where it has fewer than `LEAST_IN_GROUP` patients; nothing where all patients are in
-        one group.
+        One a name of `present`, without a number where it has fewer than `LEAST_IN_GROUP` patients.
     """
-    if len(np.unique(codes[(codes >= 0) & (codes < len(names))])) < 2:
-        return []
-    return [_group(by, name, np.flatnonzero(codes == code), columns, rng) for code, name in enumerate(names)]
+    return [_group(by, name, rows, columns, rng) for name, rows in present(names, codes)]
+
+
+def present(names: Sequence[str], codes: NDArray[np.integer]) -> list[tuple[str, Rows]]:
+    """The groups that any of the patients are in, with their row numbers; nothing where all are in one."""
+    found = [(name, np.flatnonzero(codes == code)) for code, name in enumerate(names)]
+    found = [(name, rows) for name, rows in found if len(rows)]
+    return found if len(found) > 1 else []
 
 
 def _group(
