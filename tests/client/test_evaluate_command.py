@@ -304,7 +304,7 @@ def test_an_audit_that_refutes_the_claim_is_written_and_fails(
 
 def test_tables_show_numbers_and_never_read_text_as_markup(tiny_plan: StudyPlan) -> None:
     def shown(show: Callable[[Any, Console], None], value: Any) -> str:
-        console = Console(file=io.StringIO(), width=140)
+        console = Console(file=io.StringIO(), width=80)
         show(value, console)
         return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
@@ -312,7 +312,7 @@ def test_tables_show_numbers_and_never_read_text_as_markup(tiny_plan: StudyPlan)
     assert "0.7 0.6 to 0.8 0.9 0.5" in text and "patients [b]" in text
     assert "Dice. Not measured (synthetic): too few [red]." in text
     text = shown(show_attacks, attacks(tiny_plan, "0" * 64, "d"))
-    assert "Nearest [bold]" in text and "0.51 (0.4 to 0.6)" in text
+    assert "Nearest [bold] 32/8 0.51 (0.40 to 0.60) 51.0 % (40.0 to 60.0)" in text
     assert "2 of 6 synthetic patients" in text and "no transcript" in text
     found = Audit(plan_digest="0" * 64, code="c", software="s", modules=[audited(2.6)], checks=[], seconds=1.0)
     assert "A claim was refuted." in shown(show_audit, found)

@@ -14,6 +14,7 @@ from fedsynth.auditing.values import Audit
 from fedsynth.evaluation.values import Evaluation, Figure
 
 _ARROWS = {"higher": "↑", "lower": "↓", "none": " "}
+_VIEWS = {"release": "With the release alone", "coordinator": "With every message of the training"}
 
 
 def show_evaluation(found: Evaluation, console: Console | None = None) -> None:
@@ -40,29 +41,29 @@ def show_attacks(found: Attacks, console: Console | None = None) -> None:
     """Print every attack with its intervals."""
     console = console or Console()
     console.print(f"{found.n_synthetic} synthetic patients attacked. {escape(found.data)}.", soft_wrap=True)
-    table = Table(title="Who was trained on? (AUC 0.5 is guessing)", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("attack", "sees", "site"):
-        table.add_column(name)
-    for name in ("members", "others", "AUC", "found at 1 % false"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for attack in found.membership:
-        at = next((point for point in attack.points if point.asked == 0.01), None)
-        table.add_row(
-            escape(attack.title),
-            attack.view,
-            escape(attack.site) or "all",
-            str(attack.members),
-            str(attack.non_members),
-            _rate(attack.area),
-            "-" if at is None else _rate(at.true_positive_rate),
-        )
-    console.print(table)
+    for view, title in _VIEWS.items():
+        attacks = [attack for attack in found.membership if attack.view == view]
+        if not attacks:
+            continue
+        table = Table(title=f"Who was trained on? {title} (AUC 0.5 is guessing)", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("attack")
+        for name in ("members/others", "AUC", "found at 1 % false"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for attack in attacks:
+            at = next((point for point in attack.points if point.asked == 0.01), None)
+            table.add_row(
+                escape(attack.title) + (f", {escape(attack.site)}" if attack.site else ""),
+                f"{attack.members}/{attack.non_members}",
+                _rate(attack.area),
+                "-" if at is None else _percents(at.true_positive_rate),
+            )
+        console.print(table)
     if found.attributes:
         table = Table(title="What can be guessed of a member", title_justify="left", box=SIMPLE_HEAD)
         for name in ("attack", "score"):
-            table.add_column(name)
+            table.add_column(name, min_width=10)
         for name in ("members", "others", "difference"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
         for guess in found.attributes:
             scores = (_number(guess.members), _number(guess.non_members), _rate(guess.gap))
             table.add_row(escape(guess.title), escape(guess.metric), *scores)
@@ -118,7 +119,11 @@ def _unmeasured(figures: Sequence[Figure]) -> dict[str, list[str]]:
 
 
 def _rate(rate: Rate) -> str:
-    return f"{_number(rate.value)} ({_number(rate.low)} to {_number(rate.high)})"
+    return f"{rate.value:.2f} ({rate.low:.2f} to {rate.high:.2f})"
+
+
+def _percents(rate: Rate) -> str:
+    return f"{100 * rate.value:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
 
 
 def _number(value: float | None) -> str:
