@@ -47,6 +47,9 @@ modules = []
 
 # A seeded run is reproducible and therefore not private.
 allow_reproducible_noise = false
+
+# Whether staff may sign, with this site's key, that a release be made (fedsynth site countersign).
+countersign_releases = false
 """
 
 

@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 from fedsynth.attacks.values import Attacks, CopyCheck, MembershipAttack, OperatingPoint, Rate
 from fedsynth.auditing.values import Audit
+from fedsynth.budget import evaluation_mechanism
 from fedsynth.errors import Refused, UsageError
+from fedsynth.evaluation.site_values import SiteEvaluation, SiteScores
 from fedsynth.evaluation.values import NOT_PUBLIC, Evaluation
 from fedsynth.files import read_json, write_json
 from fedsynth.limits import TEMPLATE, AttributeLimits, CopyLimits, Limits, MembershipLimits, load_limits
-from fedsynth.plan import StudyPlan
-from fedsynth.statement import PrivacyStatement
+from fedsynth.plan import SiteEvaluationPlan, StudyPlan
+from fedsynth.statement import HoldoutStatement, PrivacyStatement
 from fedsynth_server.cli import release as release_app
 from fedsynth_server.release import make as make_module
 from fedsynth_server.release.checks import Check
@@ -331,6 +333,71 @@ def test_a_module_that_was_trained_without_a_charge_is_refused(
     silent = north.model_copy(update={"mechanisms": [each for each in north.mechanisms if each.module != "gan"]})
     failed = refused(quick, tmp_path / "out", statement=release_statement.model_copy(update={"sites": [silent, south]}))
     assert "site north contributed to gan, which it states no charge of" in failed["ledgers"].finding
+
+
+def held_out(plan: StudyPlan, statement: PrivacyStatement, epsilon: float) -> dict[str, Any]:
+    """A plan with an evaluation by sites, of which north states that it cost its held-out patients `epsilon`."""
+    asking = plan.model_copy(update={"site_evaluation": SiteEvaluationPlan(epsilon=2.0)})
+    account = HoldoutStatement(
+        epsilon=epsilon,
+        epsilon_lifetime=epsilon,
+        noise_multiplier=evaluation_mechanism(asking).noise_multiplier,
+        max_grad_norm=1.0,
+    )
+    north, south = statement.sites
+    sites = [north.model_copy(update={"holdout": account}), south]
+    told = {"plan_digest": asking.digest, "holdout_epsilon_budget": 2.0, "sites": sites}
+    return {"plan": asking, "statement": statement.model_copy(update=told)}
+
+
+def evaluated(plan: StudyPlan, site: str, epsilon: float) -> SiteEvaluation:
+    scores = SiteScores(site=site, epsilon=epsilon, epsilon_lifetime=epsilon, noise_multiplier=2.0, scores=[])
+    return SiteEvaluation(
+        plan_digest=plan.digest,
+        evaluators="ab" * 32,
+        epsilon_budget=2.0,
+        delta=1e-5,
+        private=True,
+        meanings=[],
+        sites=[scores],
+        missing={},
+        pooled=[],
+        explanation="Noisy sums.",
+    )
+
+
+@pytest.mark.parametrize(("site", "epsilon"), [("south", 1.99), ("north", 1.5)])
+def test_sites_that_evaluated_state_what_it_cost_their_held_out_patients(
+    quick: Make,
+    tmp_path: Path,
+    release_plan: StudyPlan,
+    release_statement: PrivacyStatement,
+    site: str,
+    epsilon: float,
+) -> None:
+    asked = held_out(release_plan, release_statement, 1.99)
+    found = evaluated(asked["plan"], site, epsilon)
+    failed = refused(quick, tmp_path / "out", **asked, site_evaluation=found)
+    assert f"site {site} evaluated, but its account of held-out patients is not in the statement" in (
+        failed["ledgers"].finding
+    )
+    out = quick(tmp_path / "next", **asked, site_evaluation=evaluated(asked["plan"], "north", 1.99))
+    assert verify(out).ok
+    assert "held-out patients 1.990" in read_json(out / "gate.json")["checks"][0]["finding"]
+
+
+@pytest.mark.parametrize(("epsilon", "cause"), [(2.5, "not within 2"), (0.3, "more than stated")])
+def test_held_out_patients_have_a_budget_too(
+    quick: Make,
+    tmp_path: Path,
+    release_plan: StudyPlan,
+    release_statement: PrivacyStatement,
+    epsilon: float,
+    cause: str,
+) -> None:
+    with pytest.raises(Refused, match=cause) as refusal:
+        quick(tmp_path / "out", **held_out(release_plan, release_statement, epsilon))
+    assert refusal.value.code == "release_privacy"
 
 
 def test_damaged_files_and_identifiers_are_refused_for_good(
