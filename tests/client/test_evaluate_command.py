@@ -304,7 +304,7 @@ def test_an_audit_that_refutes_the_claim_is_written_and_fails(
 
 def test_tables_show_numbers_and_never_read_text_as_markup(tiny_plan: StudyPlan) -> None:
     def shown(show: Callable[[Any, Console], None], value: Any) -> str:
-        console = Console(file=io.StringIO(), width=80)
+        console = Console(file=io.StringIO(), width=110)
         show(value, console)
         return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
