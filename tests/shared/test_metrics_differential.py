@@ -137,4 +137,5 @@ def test_leaving_out_says_nothing_of_too_few_or_unmeasurable_patients(rng: np.ra
         raise NotMeasurable("never")
 
     assert leave_out_interval(lambda rows: 1.0, 2, rng) is None
+    assert leave_out_interval(lambda rows: 1.0, 0, rng) is None
     assert leave_out_interval(never, 50, rng) is None

@@ -297,7 +297,7 @@ def _differences(plan: StudyPlan, recovered: Recovery | NotMeasurable) -> list[F
     label = plan.label.name
     how = (
         f"Welch's t test gene by gene, false discovery rate 5 % (Benjamini and Hochberg). Truth: what one half of all real "
-        f"patients calls, mean and 95 % range over {HALVES} halves."
+        f"patients, trained on or held out, calls; mean and 95 % range over {HALVES} halves."
     )
     called = 0.0
     if not isinstance(recovered, NotMeasurable):

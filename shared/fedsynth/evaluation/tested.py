@@ -46,7 +46,7 @@ class Tested:
 
     def interval(self, rng: np.random.Generator) -> tuple[float, float] | None:
         """95 % interval over which patients these are; None where it has no value."""
-        if self.resampling == "none":
+        if self.resampling == "none" or not self.patients:
             return None
         resample = bootstrap_interval if self.resampling == "bootstrap" else leave_out_interval
         found = resample(self.score, self.patients, rng)

@@ -31,9 +31,9 @@ def leave_out_interval(
         None when the statistic has no value on all patients or without one of the groups, or there are fewer than three
         patients.
     """
-    groups = np.array_split(rng.permutation(n_patients), min(FOLDS, n_patients))
-    if len(groups) < 3:
+    if n_patients < 3:
         return None
+    groups = np.array_split(rng.permutation(n_patients), min(FOLDS, n_patients))
     everyone = np.arange(n_patients)
     try:
         value = statistic(everyone)
