@@ -12,10 +12,10 @@ from fedsynth.limits import VIEWS, Limits
 Status = Literal["ok", "failed", "not asked"]
 
 _RATE = 0.01  # the false positive rate that is judged
-# What an attacker with no more than these sees, in words.
+# What an attacker of each view sees, in words.
 SEES: Mapping[View, str] = {
     "release": "the release",
-    "coordinator": "all messages of the training, as the coordinator does",
+    "coordinator": "all messages of the training",
 }
 
 
