@@ -323,7 +323,14 @@ def evaluation(**changes: Any) -> Evaluation:
                         interval=(0.686, 0.853),
                         real=0.902,
                         floor=0.5,
-                    )
+                    ),
+                    Figure(
+                        metric="Dice, tumour, trained on real and tested on synthetic",
+                        better="higher",
+                        synthetic=0.61,
+                        real=0.8,
+                        floor=0.1,
+                    ),
                 ],
                 curves=[
                     Curve(
@@ -520,6 +527,20 @@ def test_figures_are_shown_by_class_sequence_and_site_with_extractor_and_curves(
     assert "Below real data by 32 %." in page.text  # 0.21 beside 0.31, which has no good direction
     charts = [given for tag, given in page.tags if tag == "svg" and given.get("class") == "chart"]
     assert len(charts) == 1
+
+
+def test_the_first_page_counts_only_models_that_learned_from_the_release_alone(report: Callable[..., str]) -> None:
+    text = Page(report()).text
+    first = text[: text.index("For clinicians")]
+    assert "AUC, grade from images: 0.774 (0.686 to 0.853); real data reach 0.902, a trivial answer 0.5." in first
+    assert "trained on real" not in first and "trained on real" in text
+
+
+def test_a_group_that_was_not_measured_says_why(report: Callable[..., str]) -> None:
+    groups = [Group(by="site", name="north", n=3, synthetic=None, note="Not measured: 3 patients.")]
+    figure = Figure(metric="FID", better="lower", synthetic=3.0, real=1.0, floor=9.0, groups=groups)
+    section = Section(id="fidelity", title="t", explanation="e", figures=[figure])
+    assert "north n 3 Not measured: 3 patients." in Page(report(evaluation=evaluation(sections=[section]))).text
 
 
 def test_sites_scores_are_noisy_and_say_when_they_drowned(report: Callable[..., str]) -> None:

@@ -14,6 +14,8 @@ from fedsynth_server.release.charts import Mark, Series, place_chart, span_chart
 
 _ARROWS = {"higher": "↑", "lower": "↓", "none": "="}
 _DIRECTIONS = {"higher": "higher is better", "lower": "lower is better", "none": "to be compared with real data"}
+# In the name of a measure whose model saw real patients in training: no evidence of what the release alone is good for.
+_LEARNED_ON_REAL = "trained on real"
 _PARTS = {"class": "By class", "sequence": "By sequence", "site": "By site"}
 
 
@@ -23,6 +25,7 @@ class GroupView:
 
     name: str
     patients: int
+    measured: bool
     synthetic: str
     interval: str
     real: str
@@ -149,7 +152,7 @@ def usefulness(evaluation: Evaluation, at_most: int = 4) -> list[str]:
         for section in evaluation.sections
         if section.id == "utility"
         for figure in section.figures
-        if figure.synthetic is not None and figure.better != "none"
+        if figure.synthetic is not None and figure.better == "higher" and _LEARNED_ON_REAL not in figure.metric
     ]
     return [wording.beside(figure) for figure in figures[:at_most]]
 
@@ -205,6 +208,7 @@ def _groups(figure: Figure, groups: Sequence[Group], identifier: str) -> list[Gr
             GroupView(
                 name=group.name,
                 patients=group.n,
+                measured=group.synthetic is not None,
                 synthetic="–" if group.synthetic is None else wording.number(group.synthetic),
                 interval=interval,
                 real="–" if group.real is None else wording.number(group.real),
