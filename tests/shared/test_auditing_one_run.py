@@ -162,7 +162,7 @@ def test_guesses_are_the_scores_farthest_from_the_cut() -> None:
     assert 1 < cut(scores) < 4
     assert guess(scores, 6).tolist() == [-1, -1, 1, 1, 1, -1]
     assert guess(scores, 2).tolist() == [0, 0, 1, 1, 0, 0]
-    assert guess(scores, 3).tolist() == [-1, 0, 1, 1, 0, 0]
+    assert guess(scores, 4).tolist() == [-1, 0, 1, 1, 1, 0]
     assert guess(scores, 0).tolist() == [0] * 6
 
 

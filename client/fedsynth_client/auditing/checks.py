@@ -196,8 +196,9 @@ def sampling_rate(plan: StudyPlan, site: str, module: Activity, repeats: int = 4
 def accountant_composes(plan: StudyPlan, site: str) -> MechanismCheck:
     """Whether a ledger that was charged for every round of every module tells the epsilon of all of them.
 
-    Measured against Opacus' accountant for the same history, and against the budget: the next module's worth of steps
-    must be refused. (The ledger's orders are finer than Opacus', so its epsilon may be a little smaller.)
+    Measured against Opacus' accountant for the steps that the plan says, and against the budget: to spend the whole plan
+    once more must be refused. (The ledger's orders are finer than those asked of Opacus, so its epsilon may be a little
+    smaller.)
     """
     reference, delta, study = RDPAccountant(), plan.privacy.delta, plan.digest
     unlimited = Limit(math.inf, delta)

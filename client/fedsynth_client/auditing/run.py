@@ -34,12 +34,12 @@ CONFIDENCE = 0.95
 # How many canaries are tried in turn, until a broken mechanism could be told from what is claimed. The limits are
 # memory (a statistic's canaries have a coordinate each) and time (a GAN's are images).
 _CANARIES: dict[Activity, tuple[int, ...]] = {
-    "moments": (1024, 2048, 4096, 6144, 8192),
+    "moments": (1024, 2048, 4096, 6144),
     "autoencoder": (1024, 2048, 4096),
     "radiogenomics": (1024, 2048, 4096),
-    "embedding": (1024, 2048, 4096, 6144, 8192),
+    "embedding": (1024, 2048, 4096, 6144),
     "gan": (512, 1024, 2048),
-    "evaluation": (1024, 2048, 4096, 6144, 8192),
+    "evaluation": (1024, 2048, 4096, 6144),
 }
 _MARGIN = 1.02
 _RELEASE = "the release of a noisy sum, with a coordinate for each canary"
