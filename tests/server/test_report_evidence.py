@@ -478,10 +478,10 @@ def test_a_release_without_evidence_says_what_is_missing(report: Callable[..., s
 def test_attacks_stand_beside_what_the_claim_permits(report: Callable[..., str]) -> None:
     text = Page(report()).text
     assert "0.52 (0.48 to 0.56) claim permits" in text
-    assert text.count("With 144 non-members no false positive rate between 0 and 0.69 % can be had") == 2  # once a view
+    assert "With 48 to 144 non-members the smallest false positive rate above 0 is 0.69 %." in text
+    assert text.count("the threshold lies above every non-member") == 2  # once a view
     assert "No better than guessing: 0.5 lies within the interval, and more than 0.56 is ruled out." in text
     assert "as one in forty does where there is nothing to find" in text  # the interval from 0.503
-    assert "With 144 non-members no false positive rate between 0 and 0.69 % can be had" in text
     assert "a sanity check, no test of privacy" in text
     assert "LOGAN needs the discriminators" in text
     assert "Every update that each site sent." in text
@@ -503,6 +503,18 @@ def test_a_rate_that_the_claim_forbids_is_marked(report: Callable[..., str], rel
     assert '<b class="bad">99.5\N{NO-BREAK SPACE}%</b>' in source
     assert "99.5 % (90 to 99.9 %) at 1 % false positives" in Page(source).text
     assert '<b class="bad">' not in report()
+
+
+def test_attacks_that_could_not_have_refuted_the_claim_say_so(
+    report: Callable[..., str], release_plan: StudyPlan, release_statement: PrivacyStatement
+) -> None:
+    claimed = max(site.epsilon for site in release_statement.sites)
+    weak = attacks(release_plan, membership=[membership(largest_bound=claimed - 1)])
+    assert "none could have refuted the claim" in Page(report(attacks=weak)).text
+    able = attacks(
+        release_plan, membership=[membership(largest_bound=claimed - 1), membership(largest_bound=claimed + 1)]
+    )
+    assert "none could have refuted the claim" not in Page(report(attacks=able)).text
 
 
 def test_an_audit_shows_claim_bound_and_power(report: Callable[..., str], release_plan: StudyPlan) -> None:

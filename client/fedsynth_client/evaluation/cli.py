@@ -11,7 +11,7 @@ app = typer.Typer(
     help="Measure a release against real patients; attack it; audit a plan's mechanisms.", no_args_is_help=True
 )
 
-Release = Annotated[Path, typer.Argument(help="The release's folder.")]
+Release = Annotated[Path, typer.Argument(help="The folder of a release, or of its candidate.")]
 Cohorts = Annotated[
     list[str],
     typer.Option("--cohort", help="NAME=FOLDER of a site or of a cohort that it prepared for the plan; repeat."),

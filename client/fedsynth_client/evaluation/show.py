@@ -99,7 +99,8 @@ def show_audit(found: Audit, console: Console | None = None) -> None:
     console.print(table)
     for check in found.checks:
         verdict = "[green]ok[/]" if check.ok else "[bold red]failed[/]"
-        console.print(f"{verdict} {escape(check.title)}: {escape(check.finding)}", soft_wrap=True)
+        about = f" ({check.module})" if check.module else ""
+        console.print(f"{verdict} {escape(check.title)}{about}: {escape(check.finding)}", soft_wrap=True)
     console.print("[green]Nothing that is claimed was refuted.[/]" if found.ok else "[bold red]A claim was refuted.[/]")
 
 

@@ -47,7 +47,6 @@ class MembershipView:
     bound: str
     claimed: str
     finding: words.Finding
-    resolution: str
     chart: Markup
 
 
@@ -58,6 +57,7 @@ class ViewedFrom:
     title: str
     together: list[MembershipView]
     by_site: list[MembershipView]
+    resolution: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class AttacksView:
     Attributes:
         refuted: an attack proves more than was claimed.
         claim_is_loose: the claimed epsilon permits an area above 0.99, so no failing attack could be due to it.
+        power: whether so few patients could have refuted the claim at all.
     """
 
     attacks: Attacks
@@ -110,6 +111,7 @@ class AttacksView:
     strongest: MembershipView | None
     refuted: bool
     claim_is_loose: bool
+    power: str
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,8 @@ def attacks(found: Attacks, statement: PrivacyStatement) -> AttacksView:
         own = [row for attack, row in rows if attack.view == view]
         if own:
             together = [row for row in own if not row.attack.site]
-            views.append(ViewedFrom(title, together, [row for row in own if row.attack.site]))
+            by_site = [row for row in own if row.attack.site]
+            views.append(ViewedFrom(title, together, by_site, words.resolution([row.attack for row in own])))
     strongest = words.strongest(found.membership)
     return AttacksView(
         attacks=found,
@@ -224,6 +227,7 @@ def attacks(found: Attacks, statement: PrivacyStatement) -> AttacksView:
         strongest=next((row for attack, row in rows if attack is strongest), None),
         refuted=any(attack.epsilon_bound > _claim(attack, claims) for attack in found.membership),
         claim_is_loose=words.permitted_area(max(claims.values()), statement.delta) > 0.99,
+        power=words.power(found.membership, max(claims.values())),
     )
 
 
@@ -287,7 +291,6 @@ def _membership(attack: MembershipAttack, claims: Mapping[str, float], delta: fl
         bound=wording.number(attack.epsilon_bound),
         claimed=wording.epsilon(claimed),
         finding=words.membership(attack, claimed),
-        resolution=words.smallest_visible_rate(attack),
         chart=span_chart(
             attack.area.value,
             (attack.area.low, attack.area.high),

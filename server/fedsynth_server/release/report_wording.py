@@ -109,17 +109,26 @@ def membership(attack: MembershipAttack, claimed: float) -> Finding:
     return guessing
 
 
-def smallest_visible_rate(attack: MembershipAttack) -> str:
-    """What so few non-members cannot show, where a rate was asked for that they cannot resolve; else empty."""
-    unreached = [
-        point.asked for point in attack.points if point.reached.value < point.asked and point.reached.value == 0
-    ]
-    if not unreached:
+def resolution(attacks: Sequence[MembershipAttack]) -> str:
+    """What so few non-members cannot show, where a false positive rate was asked for that they cannot resolve."""
+    few = [attack.non_members for attack in attacks if any(point.reached.value == 0 for point in attack.points)]
+    if not few:
         return ""
-    rates = " and ".join(f"{100 * asked:g} %" for asked in unreached)
+    count = f"{min(few)}" if min(few) == max(few) else f"{min(few)} to {max(few)}"
     return (
-        f"With {attack.non_members} non-members no false positive rate between 0 and {100 / attack.non_members:.2g} % can "
-        f"be had, so for {rates} the threshold lies above every non-member."
+        f"With {count} non-members the smallest false positive rate above 0 is {100 / max(few):.2g} %. Where a smaller one "
+        "was asked for, the rate reached is 0: the threshold lies above every non-member."
+    )
+
+
+def power(attacks: Sequence[MembershipAttack], claimed: float) -> str:
+    """Whether a perfect attack could have refuted the claim with as many patients; empty where nobody computed that."""
+    bounds = [attack.largest_bound for attack in attacks if attack.largest_bound is not None]
+    if not bounds or max(bounds) > claimed:
+        return ""
+    return (
+        f"With so few patients even a perfect attack would prove an epsilon of {number(max(bounds))} at most, so none could "
+        f"have refuted the claim of {epsilon(claimed)}."
     )
 
 
@@ -190,10 +199,10 @@ def audit(found: Audit) -> Finding:
     if found.modules:
         parts.append(f"no claimed epsilon was refuted in {_count(len(found.modules), 'audited mechanism')}")
     if found.checks:
-        parts.append(f"{_count(len(found.checks), 'direct check')} of clipping, noise and accounting held")
+        parts.append(f"{_count(len(found.checks), 'direct check')} of noise, clipping, sampling and accounting held")
     if not parts:
         return Finding("open", "The audit holds no result.")
-    return Finding("good", f"{' and '.join(parts)}.".capitalize())
+    return Finding("good", f"{', and '.join(parts)}.".capitalize())
 
 
 def strongest(attacks: Sequence[MembershipAttack]) -> MembershipAttack | None:
