@@ -68,7 +68,7 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
     return Judgement(
         "ok",
         f"{len(tried)} attacks; the strongest ({worst.title}{_at(worst)}) has an area of {worst.area.value:.3f}, at least "
-        f"{worst.area.low:.3f}; the limit is {asked.area:g}. None proves an epsilon above "
+        f"{worst.area.low:.3f}; {_limit(asked.area_of(view))}. None proves an epsilon above "
         f"{max(attack.epsilon_bound for attack in tried):.2f}; {max(claimed.values(), default=0.0):.2f} is claimed.",
     )
 
@@ -87,18 +87,23 @@ _REFUTED_REMEDY = (
 )
 
 
+def _limit(area: float) -> str:
+    return f"the limit is {area:g}" if area < 1 else "for this view there is no limit but the epsilon that is claimed"
+
+
 def _faults(attack: MembershipAttack, limits: Limits) -> list[str]:
     asked = limits.membership
     faults = []
-    if attack.area.low > asked.area:
+    area = asked.area_of(attack.view)
+    if attack.area.low > area:
         faults.append(
             f"{attack.title}{_at(attack)}: area {attack.area.value:.3f}, at least {attack.area.low:.3f}, which is "
-            f"{attack.area.low - asked.area:.3f} above the limit of {asked.area:g}"
+            f"{attack.area.low - area:.3f} above the limit of {area:g}"
         )
     point = next((point for point in attack.points if point.asked == _RATE), None)
     if point is None:
         return [*faults, f"{attack.title}{_at(attack)}: it does not say what it finds at {_RATE:.0%} false positives"]
-    limit, found = _rate_limit(point, asked.true_positive_rate), point.true_positive_rate
+    limit, found = _rate_limit(point, asked.rate_of(attack.view)), point.true_positive_rate
     if found.low > limit:
         faults.append(
             f"{attack.title}{_at(attack)}: finds {found.value:.1%} of the members, at least {found.low:.1%}, at "

@@ -26,11 +26,16 @@ class MembershipLimits(Section):
 
     Attributes:
         views: which attackers must have been tried; what is left out is said first in the report.
-        area: the low end of an attack's area under the ROC curve may not be above this. 0.55: with 100 members and 100
+        area: the low end of an attack's area under the ROC curve from the release may not be above this. 0.55: with 100 members and 100
             others luck puts it there once in 1,000 attacks (Hanley and McNeil, 1982), with 30 and 30 once in 140.
         true_positive_rate: neither may the low end of its true positive rate at 1 % false positives. 0.05: of those whom
             it accuses five times as many are members as by chance. Where few non-members leave the false positive rate
             itself uncertain up to a higher value, that value is the limit.
+        coordinator_area: the same for what a coordinator saw of the training. 1: no limit. That view was agreed to with the
+            plan's epsilon, and holding a release back takes nothing of it away; what counts there is that no attack proves
+            an epsilon above the one that is claimed. At epsilon 10 areas of 0.8 are to be expected (`docs/attacks.md`): who
+            does not want that needs a smaller epsilon or secure aggregation.
+        coordinator_true_positive_rate: likewise.
         least_patients: at least one attack of each view must have been tried on so many members and so many others; with
             fewer no attack could fail, and none would mean anything.
     """
@@ -38,7 +43,17 @@ class MembershipLimits(Section):
     views: list[View] = Field(default=list(VIEWS))
     area: Annotated[float, Field(ge=0.5, lt=1)] = 0.55
     true_positive_rate: Annotated[float, Field(ge=0.01, lt=1)] = 0.05
+    coordinator_area: Annotated[float, Field(ge=0.5, le=1)] = 1.0
+    coordinator_true_positive_rate: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     least_patients: Annotated[int, Field(ge=2)] = 20
+
+    def area_of(self, view: View) -> float:
+        """The limit of the area of an attacker who sees `view`."""
+        return self.area if view == "release" else self.coordinator_area
+
+    def rate_of(self, view: View) -> float:
+        """The limit of the true positive rate of an attacker who sees `view`."""
+        return self.true_positive_rate if view == "release" else self.coordinator_true_positive_rate
 
 
 class AttributeLimits(Section):
@@ -124,6 +139,10 @@ views = ["release", "coordinator"]
 area = 0.55
 # True positives at 1 % false positives; 0.01 is chance.
 true_positive_rate = 0.05
+# The same for what the coordinator saw of the training; 1 is no limit. Holding a release back takes nothing of that away: it
+# was agreed to with the plan's epsilon. An attack that proves a larger epsilon than is claimed fails in any case.
+coordinator_area = 1.0
+coordinator_true_positive_rate = 1.0
 # An attack on fewer members or fewer others proves nothing.
 least_patients = 20
 

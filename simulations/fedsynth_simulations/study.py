@@ -28,6 +28,7 @@ from rich.console import Console
 from fedsynth.attacks.run import attack_release
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.attacks.values import Attacks
+from fedsynth.auditing.code import code_digest
 from fedsynth.auditing.values import Audit
 from fedsynth.engines.moments import sizes
 from fedsynth.errors import JobFailed, Refused, UsageError
@@ -47,7 +48,7 @@ from fedsynth.progress import say
 from fedsynth.recommend import PublicStarts
 from fedsynth.records import PUBLIC
 from fedsynth.synthesis import SyntheticProfiles, draw_patients
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import SyntheticPatient, subject_digest
 from fedsynth_client.app import app as client_app
 from fedsynth_client.auditing.run import audit_plan
 from fedsynth_client.cohort import load_cohort
@@ -62,7 +63,7 @@ from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import StudyState, load_state
 from fedsynth_server.outcome import study_outcome
 from fedsynth_server.release.decision import OverrideRequest
-from fedsynth_server.release.make import make_release
+from fedsynth_server.release.make import candidate_path, make_release
 from fedsynth_server.release.manifest import generate_key
 from fedsynth_server.release.preview import Example, ReferenceExamples
 from fedsynth_server.release.verify import verify
@@ -134,12 +135,23 @@ def run(out: Path, settings: Settings, wiretap: Wiretap = untapped) -> Path:
     if not release.is_dir():
         with _stage("synthesis"):
             drawn = _drawn(out, plan, state, list(sources), settings)
+        subject = subject_digest(drawn.synthetic)
         with _stage("evaluation"):
-            evaluation = _kept(out / "evaluation.json", Evaluation, lambda: _evaluation(plan, state, drawn, settings))
+            evaluation = _kept(
+                out / "evaluation.json",
+                Evaluation,
+                lambda: _evaluation(plan, state, drawn, settings),
+                lambda held: held.subject == subject,
+            )
         with _stage("attacks"):
-            attacks = _kept(out / "attacks.json", Attacks, lambda: _attacks(out, plan, drawn, settings))
-        with _stage("audit"):
-            audit = _kept(out / "audit.json", Audit, lambda: audit_plan(plan))
+            attacks = _kept(
+                out / "attacks.json",
+                Attacks,
+                lambda: _attacks(out, plan, drawn, settings),
+                lambda held: held.subject == subject,
+            )
+        with _stage("audit"):  # of this very code: an audit of other code would not count
+            audit = _kept(out / "audit.json", Audit, lambda: audit_plan(plan), lambda held: held.code == code_digest())
         with _stage("release"):
             _release(out, plan, state, drawn, evaluation, attacks, audit, settings)
     with _stage("verification"):
@@ -344,10 +356,12 @@ def _draw_seed(out: Path, settings: Settings) -> int:
     return int(read_json(path)["seed"])
 
 
-def _kept(path: Path, model: type[Found], make: Callable[[], Found]) -> Found:
-    """What lies in `path`, or else what `make` finds, which is then written there."""
+def _kept(path: Path, model: type[Found], make: Callable[[], Found], fits: Callable[[Found], bool]) -> Found:
+    """What lies in `path`, if it `fits`, or else what `make` finds, which is then written there."""
     if path.is_file():
-        return model.model_validate(read_json(path))
+        held = model.model_validate(read_json(path))
+        if fits(held):
+            return held
     found = make()
     write_json(path, found.model_dump(mode="json"))
     return found
@@ -439,6 +453,8 @@ def _release(
     key.parent.mkdir(exist_ok=True)
     if not key.is_file():
         generate_key(key)
+    # Of an earlier attempt that the gate refused: the same patients are drawn again.
+    shutil.rmtree(candidate_path(out / "release"), ignore_errors=True)
     shown = drawn.holdout.rows(drawn.holdout.has_images)
     examples = tuple(
         Example(plan.label.classes[label] if label >= 0 else "label unknown", images.astype(np.float32), mask)

@@ -163,16 +163,34 @@ def test_a_mechanism_that_is_not_what_it_should_be_is_refused_for_good(
 # ---- attacks
 
 
-@pytest.mark.parametrize(("number", "view"), [(0, "release"), (1, "coordinator")])
 def test_an_attack_that_surely_beats_chance_is_refused_by_how_much(
-    quick: Make, tmp_path: Path, release_attacks: Attacks, number: int, view: str
+    quick: Make, tmp_path: Path, release_attacks: Attacks
 ) -> None:
-    strong = with_membership(release_attacks, number, site="north", area=Rate(value=0.7, low=0.62, high=0.78))
+    strong = with_membership(release_attacks, 0, site="north", area=Rate(value=0.7, low=0.62, high=0.78))
     failed = refused(quick, tmp_path / "out", attacks=strong)
-    assert list(failed) == [f"membership-{view}"]
-    check = failed[f"membership-{view}"]
+    assert list(failed) == ["membership-release"]
+    check = failed["membership-release"]
     assert "north: area 0.700, at least 0.620, which is 0.070 above the limit of 0.55" in check.finding
     assert check.overridable and "smaller epsilon" in check.remedy
+
+
+def test_what_the_coordinator_saw_is_held_against_epsilon_and_against_a_limit_where_one_is_set(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    """Holding a release back takes nothing from the coordinator, so only who sets a limit has one."""
+    strong = with_membership(release_attacks, 1, site="north", area=Rate(value=0.8, low=0.72, high=0.87))
+    out = quick(tmp_path / "open", attacks=strong)
+    checks = {check["id"]: check for check in read_json(out / "gate.json")["checks"]}
+    assert checks["membership-coordinator"]["status"] == "ok"
+    assert (
+        "an area of 0.800, at least 0.720; for this view there is no limit but"
+        in (checks["membership-coordinator"]["finding"])
+    )
+    strict = Limits(membership=MembershipLimits(coordinator_area=0.6))
+    failed = refused(quick, tmp_path / "strict", attacks=strong, limits=strict)
+    assert "which is 0.120 above the limit of 0.6" in failed["membership-coordinator"].finding
+    proving = with_membership(release_attacks, 1, site="north", epsilon_bound=99.0)
+    assert not refused(quick, tmp_path / "proving", attacks=proving)["membership-coordinator"].overridable
 
 
 def test_an_interval_that_reaches_over_the_limit_is_luck(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
