@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -77,20 +77,27 @@ def describe_real(patients: Patients, extractor: DomainExtractor) -> Described:
 
 
 def describe_synthetic(plan: StudyPlan, patients: Sequence[SyntheticPatient], extractor: DomainExtractor) -> Described:
-    """Synthetic patients, with the morphology that the release states of them.
+    """Synthetic patients, at least one, with the morphology that the release states of them.
 
     Raises:
         UsageError: ``synthetic_label_unknown``.
     """
-    profiles, depth = synthetic_profiles(plan, patients), plan.image.slices
-    slices = np.zeros((len(patients), depth * extractor.num_features), dtype=np.float32)
-    mask = np.zeros((len(patients), depth * _MASK_CELLS**2), dtype=np.float32)
+    parts = []
     for start in range(0, len(patients), _PATIENTS_AT_ONCE):
-        some = patients[start : start + _PATIENTS_AT_ONCE]
-        chunk = slice(start, start + len(some))
-        slices[chunk] = _slice_features(extractor, np.stack([patient.images for patient in some]))
-        mask[chunk] = _cells(np.stack([patient.mask > 0 for patient in some]))
-    return Described(slices, mask, profiles.morphology, profiles.genes, profiles.labels, profiles.sites)
+        # One by one: what is read from a release is read here, once, and a few volumes are in memory.
+        some = [patients[row] for row in range(start, min(start + _PATIENTS_AT_ONCE, len(patients)))]
+        profiles = synthetic_profiles(plan, some)
+        parts.append(
+            Described(
+                _slice_features(extractor, np.stack([patient.images for patient in some])),
+                _cells(np.stack([patient.mask > 0 for patient in some])),
+                profiles.morphology,
+                profiles.genes,
+                profiles.labels,
+                profiles.sites,
+            )
+        )
+    return Described(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Described)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ hospital, what they find stays inside and is for the people who decide on the re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -119,6 +119,8 @@ def attack_release(
     scale = scale_of(described[1].take(reference) if public is None else public)
     sides = _Sides(described[0], described[1], made, public, judged, reference, scale)
 
+    names: list[str] = []
+    subject = subject_digest(_noted(synthetic, names))
     not_done: list[str] = []
     say("Attacking the release")
     scored = done(_release_attacks(sides), not_done)
@@ -141,16 +143,23 @@ def attack_release(
     say("Guessing attributes and looking for copies")
     return Attacks(
         plan_digest=plan.digest,
-        subject=subject_digest(synthetic),
+        subject=subject,
         data=data,
         n_synthetic=len(synthetic),
         membership=membership,
         attributes=done(_attribute_attacks(plan, sides, draws[4]), not_done),
-        copies=done(_copy_checks(train, holdout, synthetic, sides), not_done),
+        copies=done(_copy_checks(train, holdout, synthetic, names, sides), not_done),
         distances=done(_sanity(sides, draws[5]), not_done),
         not_done=not_done,
         seconds=time.monotonic() - started,
     )
+
+
+def _noted(patients: Iterable[SyntheticPatient], names: list[str]) -> Iterator[SyntheticPatient]:
+    """The patients; their names go to `names` on the way, since patients of a release are read from disk each time."""
+    for patient in patients:
+        names.append(patient.participant_id)
+        yield patient
 
 
 def _halves(holdout: Patients, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -249,13 +258,11 @@ def _attribute_attacks(plan: StudyPlan, sides: _Sides, rng: np.random.Generator)
 
 
 def _copy_checks(
-    train: Patients, holdout: Patients, synthetic: Sequence[SyntheticPatient], sides: _Sides
+    train: Patients, holdout: Patients, synthetic: Sequence[SyntheticPatient], names: list[str], sides: _Sides
 ) -> Iterator[Attempt[CopyCheck]]:
-    names = [patient.participant_id for patient in synthetic]
-
     def of_images() -> list[CopyCheck]:
-        made = ((patient.images, patient.mask) for patient in synthetic)
         training, held_out = stack(_volumes(train)), stack(_volumes(holdout))
+        made = ((patient.images, patient.mask) for patient in synthetic)
         return [image_copies(training, held_out, _volumes(holdout), made, names)]
 
     def of_genes() -> list[CopyCheck]:
