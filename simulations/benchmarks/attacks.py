@@ -121,7 +121,9 @@ def recipe_plan(recipe: str, patients: int, epsilon: float) -> StudyPlan:
     genes = simulated_genes()
     starts = public_starts(packaged_warm_start(), genes) if recipe == "statistics" else PublicStarts()
     sites: dict[str, int] = {site.name: patients for site in _HOSPITALS}
-    return study_plan(f"attacks-{recipe}", "Attack a small study.", sites, genes=genes, epsilon=epsilon, starts=starts)
+    plan = study_plan(f"attacks-{recipe}", "Attack a small study.", sites, genes=genes, epsilon=epsilon, starts=starts)
+    # Held-out patients are the attacks' non-members here, and nothing more is asked of them.
+    return StudyPlan.model_validate({**plan.model_dump(), "site_evaluation": None})
 
 
 def write_sites(folder: Path, plan: StudyPlan, sizes: Sizes, seed: int) -> None:

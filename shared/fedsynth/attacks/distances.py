@@ -14,7 +14,9 @@ from fedsynth.metrics.measurable import require_rows
 
 NOTE = (
     "A sanity check only: releases that pass it can still give patients away. If synthetic patients are no nearer to "
-    "training than to held-out patients, about half of them are nearer to training."
+    "training than to held-out patients, about half of them are nearer to training. The interval holds the chance of which "
+    "synthetic patients were drawn, not of which real ones were compared; where all synthetic patients look alike, the "
+    "latter is the larger."
 )
 
 
