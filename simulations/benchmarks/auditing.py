@@ -151,7 +151,7 @@ def bounds_below_claims(study: StudyPlan) -> Table:
         "canaries",
         f"bound: median of {REPEATS} (range)",
         "reachable",
-        "s",
+        "CPU s",
     ]
     return Table("Sound mechanisms: lower bound at 95 % confidence against the claim", columns, rows)
 
