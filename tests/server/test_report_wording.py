@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsynth.evaluation.values import Figure
+from fedsynth.plan import ACTIVITIES
 from fedsynth_server.release import wording
 from fedsynth_server.release.charts import Series, line_chart, place_chart, ticks
+from fedsynth_server.release.report_training import MODULE_TITLES
 
 FINITE = st.floats(min_value=-1e12, max_value=1e12, allow_nan=False)
 
@@ -164,3 +166,8 @@ def test_place_beyond_the_ends_is_shown_as_an_arrow() -> None:
     assert "<circle" not in place_chart(7.0, None, (6.0, 8.0), "p")
     across = [float(x) for x in re.findall(r'x[12]="([\d.-]+)"', place_chart(-40.0, 9.0, (-90.0, 3.0), "p"))]
     assert across and all(0 <= x <= 150 for x in across)
+
+
+def test_whatever_sites_are_asked_for_has_a_title() -> None:
+    """An audit and a privacy statement may name any of them, and a page without the title cannot be written."""
+    assert set(MODULE_TITLES) == set(ACTIVITIES)

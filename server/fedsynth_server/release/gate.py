@@ -23,6 +23,7 @@ from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.values import may_be_shared
 from fedsynth.files import read_json, sha256_file
 from fedsynth.judging import SEES, Judgement, judge_attributes, judge_copies, judge_membership
+from fedsynth.plan import Activity, StudyPlan
 from fedsynth.sums import content_digest
 from fedsynth_server.release.checks import Check
 from fedsynth_server.release.decision import GateCheck, GateDecision, override_is_signed
@@ -144,14 +145,14 @@ def _audit(release: Release, audit: Audit | None, code: str) -> GateCheck:
     stale = [] if audit.plan_digest == plan.digest else [f"it is of plan {audit.plan_digest[:12]}"]
     if audit.code != code:
         stale.append(f"it is of other code ({audit.code[:12]}, by {audit.software}) than this ({code[:12]})")
-    unaudited = sorted(set(plan.modules) - {module.module for module in audit.modules})
+    unaudited = sorted(set(plan.activities) - {module.module for module in audit.modules})
     stale += [f"{module} was not audited" for module in unaudited]
     if not audit.checks:
         stale.append("no property of the mechanisms was tested directly")
     stale += [
         f"{module.module} at {module.site} claims epsilon {module.claimed_epsilon:.3f}, more than the plan's budget"
         for module in audit.modules
-        if module.claimed_epsilon > plan.privacy.epsilon * (1 + 1e-6)
+        if module.claimed_epsilon > _budget(plan, module.module) * (1 + 1e-6)
     ]
     refuted = [f"{found.title}: {found.finding}" for found in audit.checks if not found.ok]
     refuted += [
@@ -173,6 +174,13 @@ def _audit(release: Release, audit: Audit | None, code: str) -> GateCheck:
     return _check(
         "audit", _AUDIT, Judgement("ok", f"{len(audit.checks)} properties hold; no epsilon is refuted: {bounds}.")
     )
+
+
+def _budget(plan: StudyPlan, module: Activity) -> float:
+    """What the patients may spend whom `module` takes."""
+    if module == "evaluation":
+        return 0.0 if plan.site_evaluation is None else plan.site_evaluation.epsilon
+    return plan.privacy.epsilon
 
 
 _AUDIT = "Audit of the mechanisms"

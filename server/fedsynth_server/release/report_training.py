@@ -20,6 +20,7 @@ MODULE_TITLES = {
     "radiogenomics": "Radiogenomic DNN",
     "embedding": "Mean embedding of images",
     "gan": "Conditional GAN",
+    "evaluation": "Evaluation by the sites",
 }
 
 # Captions of the quantities that sites send (`fedsynth.records.PROGRESS`); another one is shown by its name alone.
