@@ -497,6 +497,20 @@ def test_an_attack_that_refutes_the_claim_is_said_on_the_first_page(
     assert "0.97 AUC of the strongest attack" in first
 
 
+def test_what_each_attacker_reaches_is_told_apart_on_the_first_page(
+    report: Callable[..., str], release_plan: StudyPlan
+) -> None:
+    """What a coordinator can tell is no property of the released files, and the other way round."""
+    seen = membership("heard", (0.86, 0.8, 0.91), view="coordinator")
+    page = Page(report(attacks=attacks(release_plan, membership=[membership("m", (0.52, 0.47, 0.57)), seen])))
+    first = page.text[: page.text.index("For clinicians")]
+    assert "Whoever holds the release guesses who was trained on with an AUC of at most 0.52" in first
+    assert (
+        "A coordinator who kept every message of the training guesses who was trained on with an AUC of at most 0.86"
+        in first
+    )
+
+
 def test_a_rate_that_the_claim_forbids_is_marked(report: Callable[..., str], release_plan: StudyPlan) -> None:
     beyond = OperatingPoint(asked=0.01, reached=rate(0.0, 0.0, 0.00001), true_positive_rate=rate(0.995, 0.9, 0.999))
     source = report(attacks=attacks(release_plan, membership=[membership(points=[beyond])]))
@@ -723,7 +737,10 @@ def test_the_datasheet_answers_from_the_evidence(release_plan: StudyPlan, releas
         assert f"## {title}" in text
     assert "3; by grade: 1 low, 2 high." in text
     assert "AUC, grade from images | 0.774 (0.686 to 0.853) | 0.902 | 0.5" in text
-    assert "7 membership attacks; the strongest (Calibrated) reaches an AUC of 0.54 (0.50 to 0.58)" in text
+    assert (
+        "membership attacks by who sees the release; the strongest (Calibrated) reaches an AUC of 0.54 (0.50 to 0.58)"
+        in text
+    )
     assert "All 3 checks that were asked for held" in text
     assert "does not by itself make data anonymous" in text
     assert not re.search(r"\*\*[^*]+\?\*\*\s*$", text, re.MULTILINE), "a question without an answer"

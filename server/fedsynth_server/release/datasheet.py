@@ -13,6 +13,7 @@ from fedsynth.attacks.values import Attacks
 from fedsynth.auditing.values import Audit
 from fedsynth.evaluation.site_values import SiteEvaluation
 from fedsynth.evaluation.values import Evaluation
+from fedsynth.judging import SEES
 from fedsynth_server.outcome import Outcome
 from fedsynth_server.release import report_wording, wording
 from fedsynth_server.release.decision import GateDecision
@@ -241,13 +242,14 @@ def _privacy(facts: ReleaseFacts, attacks: Attacks | None, audit: Audit | None, 
 def _attacked(attacks: Attacks | None) -> str:
     if attacks is None:
         return "Nobody attacked this release; the guarantee rests on the mechanism alone."
-    strongest = report_wording.strongest(attacks.membership)
     parts = []
-    if strongest is not None:
-        parts.append(
-            f"{len(attacks.membership)} membership attacks; the strongest ({_one_line(strongest.title)}) reaches an AUC of "
-            f"{report_wording.rate(strongest.area)}. {report_wording.area(strongest.area).sentence}"
-        )
+    for view, sees in SEES.items():
+        own = [attack for attack in attacks.membership if attack.view == view]
+        if (strongest := report_wording.strongest(own)) is not None:
+            parts.append(
+                f"{len(own)} membership attacks by who sees {sees}; the strongest ({_one_line(strongest.title)}) reaches an "
+                f"AUC of {report_wording.rate(strongest.area)}. {report_wording.area(strongest.area).sentence}"
+            )
     parts += [f"Copies of {check.of}: {report_wording.copies(check).sentence}" for check in attacks.copies]
     parts.append(
         f"Real patients: {_one_line(attacks.data)}. That an attack finds nothing does not prove that none can."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedsynth.attacks.values import Attacks, AttributeAttack, CopyCheck, Distances, MembershipAttack, Rate
+from fedsynth.attacks.values import Attacks, AttributeAttack, CopyCheck, Distances, MembershipAttack, Rate, View
 from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
 from fedsynth.evaluation.site_values import NoisyScore, SiteEvaluation
 from fedsynth.statement import PrivacyStatement
@@ -17,9 +17,12 @@ from fedsynth_server.release.charts import Mark, span_chart
 from fedsynth_server.release.decision import GateDecision
 
 _AREA_SCALE = (0.4, 1.0)
-_VIEW_TITLES = {
-    "release": "By whoever holds the release",
-    "coordinator": "By a coordinator who kept every message of the training",
+_VIEW_TITLES: dict[View, tuple[str, str]] = {
+    "release": ("By whoever holds the release", "Whoever holds the release"),
+    "coordinator": (
+        "By a coordinator who kept every message of the training",
+        "A coordinator who kept every message of the training",
+    ),
 }
 
 
@@ -52,9 +55,15 @@ class MembershipView:
 
 @dataclass(frozen=True)
 class ViewedFrom:
-    """The membership attacks of one view: over all sites first, then by site."""
+    """The membership attacks of one view: over all sites first, then by site; and the strongest of them.
+
+    Attributes:
+        who: the attacker in words, at the beginning of a sentence.
+    """
 
     title: str
+    who: str
+    strongest: MembershipView
     together: list[MembershipView]
     by_site: list[MembershipView]
     resolution: str
@@ -95,7 +104,7 @@ class DistanceView:
 
 @dataclass(frozen=True)
 class AttacksView:
-    """All attacks, and what the strongest of them comes to.
+    """All attacks.
 
     Attributes:
         refuted: an attack proves more than was claimed.
@@ -108,7 +117,6 @@ class AttacksView:
     attributes: list[AttributeView]
     copies: list[CopyView]
     distances: list[DistanceView]
-    strongest: MembershipView | None
     refuted: bool
     claim_is_loose: bool
     power: str
@@ -194,13 +202,15 @@ def attacks(found: Attacks, statement: PrivacyStatement) -> AttacksView:
         for place, attack in enumerate(found.membership)
     ]
     views = []
-    for view, title in _VIEW_TITLES.items():
+    for view, (title, who) in _VIEW_TITLES.items():
         own = [row for attack, row in rows if attack.view == view]
         if own:
             together = [row for row in own if not row.attack.site]
             by_site = [row for row in own if row.attack.site]
-            views.append(ViewedFrom(title, together, by_site, words.resolution([row.attack for row in own])))
-    strongest = words.strongest(found.membership)
+            best = words.strongest([row.attack for row in own])
+            strongest = next(row for row in own if row.attack is best)
+            resolution = words.resolution([row.attack for row in own])
+            views.append(ViewedFrom(title, who, strongest, together, by_site, resolution))
     return AttacksView(
         attacks=found,
         views=views,
@@ -224,7 +234,6 @@ def attacks(found: Attacks, statement: PrivacyStatement) -> AttacksView:
             )
             for each in found.distances
         ],
-        strongest=next((row for attack, row in rows if attack is strongest), None),
         refuted=any(attack.epsilon_bound > _claim(attack, claims) for attack in found.membership),
         claim_is_loose=words.permitted_area(max(claims.values()), statement.delta) > 0.99,
         power=words.power(found.membership, max(claims.values())),
