@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
 from fedsynth.attacks.run import attack_release
+from fedsynth.attacks.transcript import Transcript
 from fedsynth.attacks.values import Attacks, MembershipAttack
 from fedsynth.errors import UsageError
 from fedsynth.evaluation.patients import Patients
@@ -167,3 +170,14 @@ def test_patients_of_other_sites_are_no_non_members(
     elsewhere = replace(groups[1], site_names=("a", "c"))
     with pytest.raises(UsageError, match="sites_differ"):
         attack_release(tiny_plan, groups[0], elsewhere, released(tiny_plan, groups[0]), extractor, "invented", 4)
+
+
+def test_an_empty_transcript_is_said_to_be_empty(
+    tiny_plan: StudyPlan, groups: tuple[Patients, Patients], extractor: DomainExtractor, tmp_path: Path
+) -> None:
+    made = released(tiny_plan, people(tiny_plan, 30, 8))
+    found = attack_release(tiny_plan, *groups, made, extractor, "invented", 4, transcript=Transcript(tmp_path))
+    assert "The coordinator's view: the transcript holds no reply." in found.not_done
+    Transcript(tmp_path).write_reply("autoencoder", 1, "elsewhere", {"weight": torch.zeros(1)})
+    found = attack_release(tiny_plan, *groups, made, extractor, "invented", 4, transcript=Transcript(tmp_path))
+    assert any("replies of elsewhere" in reason for reason in found.not_done)

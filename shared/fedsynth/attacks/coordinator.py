@@ -24,7 +24,7 @@ from fedsynth.attacks.updates import loss_drop, network, patient_loss, update_al
 from fedsynth.budget import noise_multipliers
 from fedsynth.evaluation.patients import Patients
 from fedsynth.metrics.domain_extractor import DomainExtractor
-from fedsynth.metrics.measurable import require_rows
+from fedsynth.metrics.measurable import NotMeasurable, require_rows
 from fedsynth.plan import Module, StudyPlan, TrainingPlan
 from fedsynth.records import PUBLIC
 
@@ -68,6 +68,9 @@ def coordinator_attacks(
     """
     seed = int(rng.integers(2**62))
     is_reference = np.isin(np.arange(len(holdout)), reference)
+    absent = [site for site in transcript.sites if site not in train.site_names]
+    if absent or not transcript.modules:
+        yield "The coordinator's view", partial(_unmatched, absent)
     for module in transcript.modules:
         inside, outside = usable(module, train), usable(module, holdout)
         sites = [site for site in transcript.sites if site in train.site_names and transcript.rounds(module, site)]
@@ -236,6 +239,12 @@ def _of_generator(
         )
         for site in sites
     ]
+
+
+def _unmatched(absent: list[str]) -> list[Scored]:
+    if absent:
+        raise NotMeasurable(f"replies of {', '.join(absent)} but no patients of theirs")
+    raise NotMeasurable("the transcript holds no reply")
 
 
 def _of_site(patients: Patients, site: str) -> Flags:
