@@ -1,7 +1,7 @@
 """Time and peak memory of an evaluation: the fidelity section for many synthetic slices, and the other sections.
 
 ``python simulations/benchmarks/evaluation.py --out FOLDER [--images 10000]`` writes ``evaluation.json`` and
-``evaluation.md``; about a quarter of an hour on one core.
+``evaluation.md``. ``--sections`` leaves some out.
 
 An image is a slice of all sequences, 64 x 64 pixels; a patient has 16. Patients are a few simulated ones, varied by mirror,
 brightness and noise: neither time nor memory depends on what a picture shows. There are as many held-out as synthetic
