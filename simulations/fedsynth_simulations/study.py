@@ -82,6 +82,7 @@ from fedsynth_simulations.weights import PACKAGED, packaged_warm_start
 
 _PUBLIC_PATIENTS = 150
 _EXAMPLES = 6
+_EXTRACTORS = 3  # one network's distances vary too much with its training
 
 Backend = Literal["in-process", "ray"]
 Found = TypeVar("Found", bound=BaseModel)
@@ -317,13 +318,13 @@ class _Drawn:
     """The synthetic patients, and the real ones that they are held against: possible since every site lies here.
 
     Attributes:
-        bench: the feature network and the patients of the public generator, made when first asked for.
+        bench: the feature networks and the patients of the public generator, made when first asked for.
     """
 
     synthetic: list[SyntheticPatient]
     train: Patients
     holdout: Patients
-    bench: Callable[[], tuple[DomainExtractor, list[SyntheticPatient] | None]]
+    bench: Callable[[], tuple[list[DomainExtractor], list[SyntheticPatient] | None]]
 
 
 def _drawn(out: Path, plan: StudyPlan, state: StudyState, names: list[str], settings: Settings) -> _Drawn:
@@ -331,13 +332,14 @@ def _drawn(out: Path, plan: StudyPlan, state: StudyState, names: list[str], sett
     cohorts = {name: load_cohort(out / "sites" / name / "cohort", plan.morphology.features) for name in names}
 
     @lru_cache(maxsize=1)
-    def bench() -> tuple[DomainExtractor, list[SyntheticPatient] | None]:
+    def bench() -> tuple[list[DomainExtractor], list[SyntheticPatient] | None]:
         generator = torch.Generator().manual_seed(settings.seed)
-        say("Training the feature extractor on a public simulated cohort")
+        say("Training feature extractors on a public simulated cohort")
         public = public_cohort(plan, _PUBLIC_PATIENTS, np.random.default_rng([settings.seed, 2]))
         images, targets = extractor_task(public)
-        extractor = train_extractor(images, targets, generator, f"{_PUBLIC_PATIENTS} public simulated patients")
-        return extractor, _public_only(out, plan, public, len(synthetic), generator)
+        provenance = f"{_PUBLIC_PATIENTS} public simulated patients"
+        extractors = [train_extractor(images, targets, generator, provenance) for _ in range(_EXTRACTORS)]
+        return extractors, _public_only(out, plan, public, len(synthetic), generator)
 
     return _Drawn(
         synthetic,
@@ -373,30 +375,31 @@ def _evaluation(plan: StudyPlan, state: StudyState, drawn: _Drawn, settings: Set
     def predict(genes: NDArray[np.float32]) -> NDArray[np.floating]:
         return np.asarray(model.predict(torch.from_numpy(genes))[0].numpy())
 
-    extractor, public_only = drawn.bench()
+    extractors, public_only = drawn.bench()
     return evaluate(
         plan,
         drawn.train,
         drawn.holdout,
         drawn.synthetic,
         public_only,
-        extractor,
+        extractors[0],
         predict,
         _data(settings),
         settings.seed,
+        further_extractors=extractors[1:],
     )
 
 
 def _attacks(out: Path, plan: StudyPlan, drawn: _Drawn, settings: Settings) -> Attacks:
     """Attack the release and, where the messages of training were written down, the training."""
-    extractor, public_only = drawn.bench()
+    extractors, public_only = drawn.bench()
     transcript = Transcript(out / "transcript") if (out / "transcript").is_dir() else None
     return attack_release(
         plan,
         drawn.train,
         drawn.holdout,
         drawn.synthetic,
-        extractor,
+        extractors[0],
         _data(settings),
         settings.seed,
         public_only,
