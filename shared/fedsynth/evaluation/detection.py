@@ -22,6 +22,7 @@ MIN_PATIENTS = 8  # on each side of each split
 MAX_PATIENTS = 150
 MAX_SLICES = 2000  # of each side, to train on
 STEPS, BATCH = 200, 64
+_CHUNK = 256  # slices whose spectra, of complex numbers, are held at a time
 _POWER_FLOOR = 1e-8  # of images in [0, 1]; blank planes have none
 
 # (S, C, H, W) or (N, C, H, W) slices -> scores, higher for synthetic ones
@@ -153,6 +154,11 @@ def power_spectrum(images: NDArray[np.floating]) -> NDArray[np.float64]:
 
     Slices are taken down to zero at their edges by a Hann window, so that edges do not look like high frequencies.
     """
+    parts = [_power_spectrum(images[i : i + _CHUNK]) for i in range(0, len(images), _CHUNK)]
+    return np.concatenate(parts)
+
+
+def _power_spectrum(images: NDArray[np.floating]) -> NDArray[np.float64]:
     n, channels, size, _ = images.shape
     window = np.hanning(size)
     spectrum = np.abs(np.fft.fft2(images * np.outer(window, window))) ** 2 / size**2
