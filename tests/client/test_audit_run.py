@@ -142,5 +142,6 @@ def test_an_audit_says_what_it_is_of_and_survives_its_file(statistics_plan: Stud
         "progress",
         "accountant",
         "rounds",
+        "answers",
         "preprocessing",
     }

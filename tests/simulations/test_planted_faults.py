@@ -22,7 +22,7 @@ from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.bookkeeping import Bookkeeper
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness, poisson_draw
 from fedsynth.dp.step import PatientDPOptimizer
-from fedsynth.plan import Module, StudyPlan
+from fedsynth.plan import Module, SiteEvaluationPlan, StudyPlan
 from fedsynth_client import cohort as cohorts
 from fedsynth_client import ledger, rounds
 from fedsynth_client.auditing.checks import (
@@ -37,7 +37,7 @@ from fedsynth_client.auditing.checks import (
 )
 from fedsynth_client.auditing.preprocessing import preprocessing_is_apart
 from fedsynth_client.auditing.run import audit_module, audit_plan
-from fedsynth_client.auditing.wire import rounds_are_charged_and_closed
+from fedsynth_client.auditing.wire import answers_are_as_charged, rounds_are_charged_and_closed
 from fedsynth_client.cohort import Cohort
 from fedsynth_client.ingest import prepare as ingest
 from fedsynth_client.ingest.expression import Profiles
@@ -328,6 +328,67 @@ def test_an_accountant_that_forgets_steps_everywhere_is_caught_by_comparison_wit
     assert accountant_composes(plan, SITE).ok  # and the plan's noise is computed before the fault is planted
     _steps_are_not_multiplied(monkeypatch)
     assert fails(accountant_composes(plan, SITE))
+
+
+# ---- between the charge and the training ----------------------------------------------------------------------------
+# The canaries and most checks call the training functions themselves: a site that calls them otherwise than it charges
+# passes all of those.
+
+
+def _trained_with(**changes: Callable[[Mechanism], float]) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        train = rounds._train
+
+        def otherwise(*given: Any) -> BlockResult:
+            *first, block, randomness = given
+            changed: dict[str, Any] = {name: change(block) for name, change in changes.items()}
+            return train(*first, replace(block, **changed), randomness)
+
+        patch.setattr(rounds, "_train", otherwise)
+
+    return plant
+
+
+def _every_site_has_one_seed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rounds, "_randomness", lambda *_: SeededRandomness(1))
+
+
+def _held_out_patients_are_trained_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Cohort, "split", lambda self, _: self)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _trained_with(noise_multiplier=lambda block: block.noise_multiplier / 2),
+        _trained_with(sample_rate=lambda block: min(1.5 * block.sample_rate, 1.0)),
+        _trained_with(steps=lambda block: block.steps + (block.sample_rate < 1)),
+        _every_site_has_one_seed,
+        _held_out_patients_are_trained_on,
+    ],
+    ids=["half the noise", "more patients", "a step more", "one seed", "held-out patients"],
+)
+def test_a_site_that_computes_something_else_than_it_charges_is_caught_by_its_answers(
+    plan: StudyPlan, monkeypatch: pytest.MonkeyPatch, plant: Plant
+) -> None:
+    assert answers_are_as_charged(plan, SITE).ok
+    plant(monkeypatch)
+    assert fails(answers_are_as_charged(plan, SITE))
+
+
+def test_an_evaluation_with_less_noise_than_charged_is_caught_by_the_answers(
+    plan: StudyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated = plan.model_copy(update={"site_evaluation": SiteEvaluationPlan(epsilon=2.0)})
+    assert answers_are_as_charged(evaluated, SITE).ok and rounds_are_charged_and_closed(evaluated, SITE).ok
+    score = rounds.evaluate_holdout
+
+    def quieter(used: Any, holdout: Cohort, block: Mechanism, *more: Any) -> BlockResult:
+        return score(used, holdout, replace(block, noise_multiplier=block.noise_multiplier / 2), *more)
+
+    monkeypatch.setattr(rounds, "evaluate_holdout", quieter)
+    check = answers_are_as_charged(evaluated, SITE)
+    assert fails(check) and "evaluation: what it sent" in check.finding and "gan: " not in check.finding
 
 
 # ---- what leaves -----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from fedsynth_client.auditing.checks import (
     sampling_rate,
 )
 from fedsynth_client.auditing.preprocessing import preprocessing_is_apart
-from fedsynth_client.auditing.wire import rounds_are_charged_and_closed
+from fedsynth_client.auditing.wire import answers_are_as_charged, rounds_are_charged_and_closed
 
 CONFIDENCE = 0.95
 # How many canaries are tried in turn, until a broken mechanism could be told from what is claimed. The limits are
@@ -124,6 +124,7 @@ def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
         *found,
         accountant_composes(plan, site),
         rounds_are_charged_and_closed(plan, site),
+        answers_are_as_charged(plan, site),
         preprocessing_is_apart(plan),
     ]
 

@@ -1,13 +1,19 @@
-"""A site in miniature, asked as a coordinator asks: what is charged for each round, and what leaves.
+"""A site in miniature, asked as a coordinator asks: what is charged for each round, what is computed, and what leaves.
 
 The site's folder, policy, cohort of made-up patients and plan are written to a temporary folder; the plan keeps the
 privacy section, the sites, rounds and steps of the plan that is audited, and has small networks and images.
+
+The other checks and the canaries call the training functions themselves. That a site calls them with the mechanism that it
+charges, with fresh randomness and with the right patients is shown here, from a task to its answer.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +22,33 @@ import pandas as pd
 import torch
 from flwr.app import RecordDict
 from safetensors.numpy import save_file
+from scipy.stats import chi2
+from torch import Tensor
 
 from fedsynth.auditing.values import MechanismCheck
-from fedsynth.budget import mechanism
+from fedsynth.budget import charge, mechanism
 from fedsynth.dp.accounting import Mechanism, epsilon
+from fedsynth.dp.randomness import Randomness
 from fedsynth.engines import embedding, moments
 from fedsynth.errors import FedsynthError
+from fedsynth.evaluation import site_scores
 from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.morphology import FEATURES
-from fedsynth.plan import Activity, Module, StudyPlan
-from fedsynth.profiles import profile_template
-from fedsynth.records import PUBLIC, WEIGHTS, State, state_digest, task_record, to_record
+from fedsynth.plan import Activity, StudyPlan
+from fedsynth.profiles import profile_model, profile_template
+from fedsynth.records import EVALUATORS, PUBLIC, WEIGHTS, State, from_record, state_digest, task_record, to_record
 from fedsynth_client import rounds
+from fedsynth_client.cohort import Cohort, load_cohort
+from fedsynth_client.evaluation.patients import patients_of
+from fedsynth_client.ledger import Task
+from fedsynth_client.outbox import Outbox
 from fedsynth_client.policy import SitePolicy, save_policy
 from fedsynth_client.site import Site
+from fedsynth_client.training import adversarial, profiles, statistic
+from fedsynth_client.training.adversarial import ImagePatients
+from fedsynth_client.training.block import BlockResult, public_generator
 
 # The closed list of what a reply holds beside weights, written down a second time on purpose: a quantity that is added
 # to the list of `fedsynth.records` fails the audit until somebody has looked at it here as well.
@@ -45,41 +62,185 @@ PROGRESS: dict[Activity, frozenset[str]] = {
 }
 RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
 
-_PATIENTS, _GENES, _ROUNDS = 12, 8, 2
+_PATIENTS, _HELD_OUT, _GENES, _ROUNDS = 12, 4, 8, 2
+_ALARM = 1e-6
+_SAME = 1e-3  # of an update: by what two runs of the same computation may differ
 
 
 def rounds_are_charged_and_closed(plan: StudyPlan, site: str) -> MechanismCheck:
-    """Whether a site that answers two rounds of every module charges both, and sends the closed list and nothing else."""
+    """Whether a site that answers two rounds of every module charges both, and sends the closed list and nothing else.
+
+    Held-out patients, of whom the evaluation takes one round, are to be charged for that and nothing else.
+    """
     small, public = _small(plan)
     asked: list[Mechanism] = []
     wrong: list[str] = []
-    told = 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        place = _site(small, site, Path(folder))
-        try:
-            for module in small.modules:
-                for number in range(1, min(small.training(module).rounds, _ROUNDS) + 1):
-                    asked.append(mechanism(small, site, module))
-                    told = epsilon(asked, small.privacy.delta, small.privacy.accountant)
-                    found = _answer(place, module, _task(small, public, module, number, site), told)
-                    wrong += [f"{module} round {number}: {what}" for what in found]
-        finally:
-            for handler in list(place.log.handlers):
-                place.log.removeHandler(handler)
-                handler.close()
+    answers, told = 0, 0.0
+    with tempfile.TemporaryDirectory() as folder, _site(small, site, Path(folder)) as place:
+        for activity in small.activities:
+            weights = _weights(small, public, activity)
+            for number in range(1, min(small.rounds(activity), _ROUNDS) + 1):
+                if activity == "evaluation":
+                    own = [charge(small, site, activity).mechanism]
+                    expected = epsilon(own, small.privacy.delta, small.privacy.accountant)
+                else:
+                    asked.append(mechanism(small, site, activity))
+                    expected = told = epsilon(asked, small.privacy.delta, small.privacy.accountant)
+                answers += 1
+                found = _answer(place, activity, _task(small, weights, activity, number, site), expected)
+                wrong += [f"{activity} round {number}: {what}" for what in found]
     return MechanismCheck(
         id="rounds",
         title="A site charges every round and sends the closed list",
         module=None,
         ok=not wrong,
-        finding=f"A site in miniature answered {len(asked)} rounds: "
+        finding=f"A site in miniature answered {answers} rounds: "
         + (
             f"{'; '.join(wrong)}." if wrong else f"each charged, epsilon {told:.4f} told in the end, nothing else sent."
         ),
     )
 
 
-def _answer(place: Site, module: Module, task: RecordDict, expected: float) -> list[str]:
+def answers_are_as_charged(plan: StudyPlan, site: str) -> MechanismCheck:
+    """Whether a site answers with what the audited functions make of the charged mechanism, its patients and fresh noise.
+
+    A site whose noise comes from a seed has to answer with exactly what the training functions give when they are called
+    with the charged mechanism, the same seed and the right patients. Two sites of the same made-up patients whose noise
+    comes from the operating system must not answer alike; where a sum is released, their difference has to have the
+    variance of twice the charged noise.
+    """
+    small, public = _small(plan)
+    seeded, fresh = (
+        small.model_copy(update={"privacy": small.privacy.model_copy(update={"reproducible_seed": seed})})
+        for seed in (1, None)
+    )
+    wrong: list[str] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _site(seeded, site, Path(folder) / "seeded") as place,
+        _site(fresh, site, Path(folder) / "one") as one,
+        _site(fresh, site, Path(folder) / "two") as two,
+    ):
+        for activity in small.activities:
+            weights = _weights(small, public, activity)
+            try:
+                found = _unlike_its_charge(place, seeded, site, activity, weights)
+                found += _unlike_fresh_noise((one, two), fresh, site, activity, weights)
+            except FedsynthError as error:
+                found = [f"it ended with {error.code}"]
+            wrong += [f"{activity}: {what}" for what in found]
+    return MechanismCheck(
+        id="answers",
+        title="A site computes what it charges",
+        module=None,
+        ok=not wrong,
+        finding=f"Sites in miniature answered a round of {', '.join(small.activities)}: "
+        + (f"{'; '.join(wrong)}." if wrong else "each as the charged mechanism gives it, with noise of its own."),
+    )
+
+
+def _unlike_its_charge(
+    place: Site, plan: StudyPlan, site: str, activity: Activity, weights: Mapping[str, State]
+) -> list[str]:
+    """What is wrong with the answer of a site whose noise comes from a seed."""
+    cohort, task = load_cohort(place.cohort_path, plan.morphology.features), Task(plan.digest, activity, 1)
+    expected = _by_hand(plan, site, activity, weights, cohort, rounds._randomness(plan, task))
+    found = _answered(place, plan, site, activity, weights, expected.weights)
+    pairs = [("what it sent", found, expected.weights, weights.get(WEIGHTS[activity], {}))]
+    if activity == "gan":  # the noise is in what stays at the site
+        kept, start = Outbox(place.folder).local_state(task), _discriminator(weights)
+        pairs.append(("what it kept", kept, {name: expected.local[name] for name in start}, start))
+    return [
+        f"{what} is not what the charged mechanism gives"
+        for what, state, by_hand, start in pairs
+        if not _root_mean_square(_apart(state, by_hand)) <= _SAME * _root_mean_square(_apart(by_hand, start))
+    ]
+
+
+def _unlike_fresh_noise(
+    places: tuple[Site, Site], plan: StudyPlan, site: str, activity: Activity, weights: Mapping[str, State]
+) -> list[str]:
+    """What is wrong with the answers of two sites that have the same patients, and nothing else in common."""
+    template = weights.get(WEIGHTS[activity])
+    first, second = (_answered(place, plan, site, activity, weights, template) for place in places)
+    difference = _apart(first, second)
+    if template is not None:
+        moved = _root_mean_square(_apart(first, template))
+        return [] if _root_mean_square(difference) > _SAME * moved else ["two sites answered alike"]
+    cost = charge(plan, site, activity)
+    expected = math.sqrt(2) * cost.mechanism.noise_multiplier * cost.max_grad_norm
+    count, ratio = difference.numel(), _root_mean_square(difference) / expected
+    low, high = (math.sqrt(float(chi2.ppf(p, count)) / count) for p in (_ALARM / 2, 1 - _ALARM / 2))
+    if low <= ratio <= high:
+        return []
+    return [f"the answers of two sites differ by {ratio:.3f} times the noise (by chance {low:.3f} to {high:.3f})"]
+
+
+def _answered(
+    place: Site,
+    plan: StudyPlan,
+    site: str,
+    activity: Activity,
+    weights: Mapping[str, State],
+    template: State | None,
+) -> State:
+    """The weights of the site's answer to a first round; a sum is taken as it is when there is no `template`."""
+    reply = rounds.answer(place, activity, _task(plan, weights, activity, 1, site), "the audit")
+    name = WEIGHTS[activity]
+    if template is None:
+        return {key: torch.from_numpy(array.numpy().copy()) for key, array in reply.array_records[name].items()}
+    return from_record(reply, name, template, largest_norm=math.inf)
+
+
+def _by_hand(
+    plan: StudyPlan,
+    site: str,
+    activity: Activity,
+    weights: Mapping[str, State],
+    cohort: Cohort,
+    randomness: Randomness,
+) -> BlockResult:
+    """What `activity` gives with the charged mechanism and the patients whom it may use."""
+    cost = charge(plan, site, activity)
+    whose = cohort.rows(np.array([entry.split == cost.population for entry in cohort.entries], dtype=bool))
+    if activity == "evaluation":
+        rows = site_scores.rows(site_scores.evaluators(plan, weights), patients_of({"": whose}))
+        return statistic.release_statistic(rows, cost.mechanism, cost.max_grad_norm, randomness)
+    whose = whose.rows(whose.usable_for(activity))
+    genes, morphology, labels = (torch.tensor(part) for part in (whose.genes, whose.morphology, whose.labels))
+    if activity == "moments":
+        rows = moments.rows(plan, weights[PUBLIC[activity]], genes, morphology, labels)
+        return statistic.release_statistic(rows, cost.mechanism, cost.max_grad_norm, randomness)
+    slices = rounds.image_slices(whose)
+    if activity == "embedding":
+        rows = embedding.rows(plan, weights[PUBLIC[activity]], slices, morphology, labels)
+        return statistic.release_statistic(rows, cost.mechanism, cost.max_grad_norm, randomness)
+    if activity == "autoencoder":
+        return profiles.train_autoencoder(plan, weights["autoencoder"], genes, cost.mechanism, randomness)
+    if activity == "radiogenomics":
+        start = weights["radiogenomics"]
+        return profiles.train_radiogenomics(plan, start, genes, morphology, labels, cost.mechanism, randomness)
+    pool = profile_model(plan, weights).draw(rounds._POOL, public_generator(randomness))
+    images, local = ImagePatients(slices, morphology, labels), _discriminator(weights)
+    return adversarial.train_gan(plan, weights[WEIGHTS["gan"]], local, pool, images, cost.mechanism, randomness)
+
+
+def _discriminator(weights: Mapping[str, State]) -> State:
+    return {f"model/{name}": tensor for name, tensor in weights["discriminator"].items()}
+
+
+def _apart(state: State, other: State) -> Tensor:
+    """The difference in each value, in a row; `other` may be empty, which stands for zeros."""
+    return torch.cat(
+        [(state[name].double() - (other[name].double() if other else 0.0)).flatten() for name in other or state]
+    )
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _answer(place: Site, module: Activity, task: RecordDict, expected: float) -> list[str]:
     """What is wrong with the site's answer."""
     try:
         return _not_as_agreed(rounds.answer(place, module, task, "the audit"), module, expected)
@@ -87,7 +248,7 @@ def _answer(place: Site, module: Module, task: RecordDict, expected: float) -> l
         return [f"it ended with {error.code}"]
 
 
-def _not_as_agreed(reply: RecordDict, module: Module, expected: float) -> list[str]:
+def _not_as_agreed(reply: RecordDict, module: Activity, expected: float) -> list[str]:
     """What is wrong with a reply, given the epsilon of all rounds so far."""
     records = {WEIGHTS[module], "progress", "receipt"}
     if set(reply) != records:
@@ -106,7 +267,6 @@ def _not_as_agreed(reply: RecordDict, module: Module, expected: float) -> list[s
 def _small(plan: StudyPlan) -> tuple[StudyPlan, dict[str, State]]:
     """The plan in miniature, valid and approvable, and the public weights of its statistics."""
     values: dict[str, Any] = plan.model_dump(mode="python")
-    values["site_evaluation"] = None  # of other people, charged apart; its release is checked as a statistic's
     values["image"] |= {"size": 32, "slices": 2}
     values["genes"] |= {
         "panel": [f"G{i}" for i in range(_GENES)],
@@ -135,62 +295,80 @@ def _small(plan: StudyPlan) -> tuple[StudyPlan, dict[str, State]]:
     return StudyPlan.model_validate(values), public
 
 
-def _site(plan: StudyPlan, name: str, folder: Path) -> Site:
-    """A site that approved `plan`, with a cohort of made-up patients."""
+@contextmanager
+def _site(plan: StudyPlan, name: str, folder: Path) -> Iterator[Site]:
+    """A site that approved `plan`, with a cohort of made-up patients; its log is closed in the end."""
+    folder.mkdir(exist_ok=True)
     place = Site(folder)
     policy = SitePolicy(
         site=name,
         max_epsilon=plan.privacy.epsilon,
+        max_holdout_epsilon=0.0 if plan.site_evaluation is None else plan.site_evaluation.epsilon,
         max_delta=plan.privacy.delta,
         min_patients=1,
         declared_patients=plan.site(name).nominal_patients,
-        modules=list(plan.modules),
+        modules=list(plan.activities),
         allow_reproducible_noise=plan.privacy.reproducible_seed is not None,
     )
     save_policy(policy, place.policy_path)
     place.approve(plan)
+    _write_cohort(plan, place.cohort_path)
+    try:
+        yield place
+    finally:
+        for handler in list(place.log.handlers):
+            place.log.removeHandler(handler)
+            handler.close()
+
+
+def _write_cohort(plan: StudyPlan, folder: Path) -> None:
+    """Made-up training patients, and a few held out; the same at each call."""
     rng = np.random.default_rng(0)
-    image = plan.image
+    image, count = plan.image, _PATIENTS + _HELD_OUT
     grid = (image.slices, image.size, image.size)
-    keys = [f"p{i:012x}" for i in range(_PATIENTS)]
-    (place.cohort_path / "patients").mkdir(parents=True)
+    keys = [f"p{i:012x}" for i in range(count)]
+    (folder / "patients").mkdir(parents=True)
     for key in keys:
         images = rng.random((len(image.sequences), *grid)).astype(np.float16)
         mask = (rng.random(grid) > 0.8).astype(np.uint8)
-        save_file({"images": images, "mask": mask}, place.cohort_path / "patients" / f"{key}.safetensors")
+        mask[0] = 0  # an evaluation scores those who have slices with and without tumour
+        save_file({"images": images, "mask": mask}, folder / "patients" / f"{key}.safetensors")
     index = pd.Index(keys, name="key")
-    profiles = rng.standard_normal((_PATIENTS, _GENES)).astype(np.float32)
-    pd.DataFrame(profiles, index, plan.genes.panel).to_parquet(place.cohort_path / "expression.parquet")
-    clinical = pd.DataFrame(rng.random((_PATIENTS, len(FEATURES))), index, [feature.name for feature in FEATURES])
-    clinical["label"] = rng.integers(0, len(plan.label.classes), _PATIENTS)
-    clinical.to_parquet(place.cohort_path / "clinical.parquet")
+    expression = rng.standard_normal((count, _GENES)).astype(np.float32)
+    pd.DataFrame(expression, index, plan.genes.panel).to_parquet(folder / "expression.parquet")
+    clinical = pd.DataFrame(rng.random((count, len(FEATURES))), index, [feature.name for feature in FEATURES])
+    clinical["label"] = rng.integers(0, len(plan.label.classes), count)
+    clinical.to_parquet(folder / "clinical.parquet")
+    splits = ["train"] * _PATIENTS + ["holdout"] * _HELD_OUT
     manifest = {
         "image": image.model_dump(mode="json"),
         "genes": plan.genes.model_dump(mode="json"),
         "label": plan.label.model_dump(mode="json"),
-        "patients": [{"key": key, "split": "train", "has_images": True, "has_genes": True} for key in keys],
+        "patients": [
+            {"key": key, "split": split, "has_images": True, "has_genes": True}
+            for key, split in zip(keys, splits, strict=True)
+        ],
     }
-    (place.cohort_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return place
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _task(plan: StudyPlan, public: dict[str, State], module: Module, number: int, site: str) -> RecordDict:
-    """What a coordinator sends for one round."""
-    task = task_record(plan.digest, module, number, site)
-    if module == "moments" or module == "embedding":
-        return RecordDict({"task": task, PUBLIC[module]: to_record(public[module])})
-    if module != "gan":
-        network = make_autoencoder(plan) if module == "autoencoder" else make_radiogenomic_dnn(plan)
-        return RecordDict({"task": task, WEIGHTS[module]: to_record(network.state_dict())})
+def _weights(plan: StudyPlan, public: Mapping[str, State], activity: Activity) -> dict[str, State]:
+    """What a coordinator sends for `activity`, by record."""
+    if activity == "moments" or activity == "embedding":
+        return {PUBLIC[activity]: public[activity]}
+    if activity == "evaluation":
+        return {EVALUATORS: site_scores.evaluators_template(plan), **profile_template(plan)}
+    if activity != "gan":
+        network = make_autoencoder(plan) if activity == "autoencoder" else make_radiogenomic_dnn(plan)
+        return {WEIGHTS[activity]: network.state_dict()}
     generator, discriminator = make_generator(plan), make_discriminator(plan)
     for model in (generator, discriminator):
         initialise(model, torch.Generator().manual_seed(0))
-    profiles = {name: to_record(state) for name, state in profile_template(plan).items()}
-    return RecordDict(
-        {
-            "task": task,
-            WEIGHTS["gan"]: to_record(generator.state_dict()),
-            "discriminator": to_record(discriminator.state_dict()),
-            **profiles,
-        }
-    )
+    start = {WEIGHTS["gan"]: generator.state_dict(), "discriminator": discriminator.state_dict()}
+    return {**start, **profile_template(plan)}
+
+
+def _task(plan: StudyPlan, weights: Mapping[str, State], activity: Activity, number: int, site: str) -> RecordDict:
+    """What a coordinator sends for one round."""
+    task = task_record(plan.digest, activity, number, site)
+    return RecordDict({"task": task, **{name: to_record(state) for name, state in weights.items()}})
