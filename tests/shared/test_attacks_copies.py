@@ -124,3 +124,27 @@ def test_the_threshold_is_above_all_pairs_of_different_people() -> None:
 def test_too_few_patients_are_no_result() -> None:
     with pytest.raises(NotMeasurable):
         gene_copies(profiles(5, 1), profiles(60, 2), profiles(10, 3), NAMES)
+
+
+def test_a_person_on_both_sides_of_the_split_does_not_hide_copies() -> None:
+    """With that person's similarity to itself among those of different people nothing would be similar enough."""
+    rng = np.random.default_rng(11)
+    factors = rng.normal(size=(10, 200))
+
+    def profiles(n: int) -> NDArray[np.float32]:
+        return (rng.normal(size=(n, 10)) @ factors + 1.5 * rng.normal(size=(n, 200))).astype(np.float32)
+
+    training, held_out, made = profiles(300), profiles(80), profiles(100)
+    held_out[:3] = training[:3]
+    made[:5] = training[10:15] + 0.2 * rng.normal(size=(5, 200)).astype(np.float32)
+    names = [f"SYN{i:04d}" for i in range(100)]
+    found = gene_copies(training, held_out, made, names)
+    assert found.participants == names[:5]
+    assert "Left out: 3 held-out patients" in found.how
+    assert "Left out" not in gene_copies(training, held_out[3:], made, names).how
+
+
+def test_an_exact_copy_is_one_even_where_everybody_is_on_both_sides() -> None:
+    rng = np.random.default_rng(12)
+    training = rng.normal(size=(40, 50)).astype(np.float32)
+    assert gene_copies(training, training.copy(), training[:20], NAMES[:20]).found == 20

@@ -136,3 +136,19 @@ def test_privacy_bounds_every_point_and_the_area_of_the_curve() -> None:
 def test_too_few_or_broken_scores_are_no_result(members: NDArray[np.float64]) -> None:
     with pytest.raises(NotMeasurable):
         roc_area(members, np.zeros(50))
+
+
+def test_bounds_of_many_attacks_hold_together(rng: np.random.Generator) -> None:
+    """Twenty independent attacks that are each as good as epsilon 1 allows: all claims stand in 95 of 100 studies."""
+    refuted = [
+        any(epsilon_bound(*randomised_response(rng, 1.0, 300), 0.0, rng, 20) > 1.0 for _ in range(20))
+        for _ in range(40)
+    ]
+    assert np.mean(refuted) <= 0.05
+
+
+def test_a_perfect_attack_among_many_proves_less() -> None:
+    assert 0 < largest_epsilon_bound(400, 400, 1e-5, 24) < largest_epsilon_bound(400, 400, 1e-5)
+    assert largest_epsilon_bound(400, 400, 1e-5, 24) == pytest.approx(
+        epsilon_bound(np.ones(400), np.zeros(400), 1e-5, np.random.default_rng(1), 24)
+    )

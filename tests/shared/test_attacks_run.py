@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from fedsynth.attacks.run import attack_release
+from fedsynth.attacks.scored import Scored, measured
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.attacks.values import Attacks, MembershipAttack
 from fedsynth.errors import UsageError
@@ -181,3 +183,11 @@ def test_an_empty_transcript_is_said_to_be_empty(
     Transcript(tmp_path).write_reply("autoencoder", 1, "elsewhere", {"weight": torch.zeros(1)})
     found = attack_release(tiny_plan, *groups, made, extractor, "invented", 4, transcript=Transcript(tmp_path))
     assert any("replies of elsewhere" in reason for reason in found.not_done)
+
+
+def test_who_knows_the_rest_proves_nothing_of_epsilon() -> None:
+    """Scores that were made knowing who else is a member: even perfect ones give no bound that the gate could judge."""
+    scores = Scored("id", "title", "coordinator", "all others", "source", np.ones(200), np.zeros(200), proves=False)
+    found = measured(scores, 1e-5, np.random.default_rng(1), 1)
+    assert (found.area.value, found.epsilon_bound, found.largest_bound) == (1.0, 0.0, None)
+    assert measured(replace(scores, proves=True), 1e-5, np.random.default_rng(1), 1).epsilon_bound > 2

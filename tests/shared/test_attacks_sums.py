@@ -73,3 +73,19 @@ def test_a_population_of_a_handful_is_no_result() -> None:
     rows = unit_rows(30, rng)
     with pytest.raises(NotMeasurable):
         filter_with_the_population_known(rows.sum(axis=0), rows, rows, rows[:3], 30, 1.0)
+
+
+def test_knowing_the_rest_is_knowing_the_noise_and_would_refute_an_honest_epsilon() -> None:
+    """Why no bound of epsilon is drawn from this filter: rows that are alike, each run exactly private."""
+    rng = np.random.default_rng(8)
+    sigma = 3.75
+    common = np.zeros(DIMENSIONS)
+    common[0] = 0.99
+
+    def alike(n: int) -> NDArray[np.float64]:
+        return common + 0.1 * unit_rows(n, rng)
+
+    members, others = alike(500), alike(150)
+    total = members.sum(axis=0) + sigma * rng.normal(size=DIMENSIONS)
+    scores = filter_with_the_rest_known(total, members, others)
+    assert gaussian_epsilon(sigma, DELTA) < 1.0 < epsilon_bound(*scores, DELTA, rng)

@@ -5,7 +5,8 @@ patient was subtracted, since all heads resemble each other; genes by correlatio
 profile. A similarity counts as a copy from a threshold that pairs of *different* real patients (held-out against
 training) practically never reach: a Gumbel distribution is fitted to how similar the most similar training patient of a
 held-out one is, and the threshold is what it exceeds once in a hundred releases of this size (extreme value theory;
-Coles, 2001), or the largest of them, if that is larger.
+Coles, 2001), or the largest of them, if that is larger. A person who is among the training patients as well as among the
+held-out ones would raise it until no copy is found: pairs that are far beyond the bulk of the others are left out, and told.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from fedsynth.attacks.values import CopyCheck
 from fedsynth.evaluation.samples import shrink
 from fedsynth.metrics.measurable import require_rows
 
+_SAME = 1e-6  # probability that a pair of different people is taken for one person twice
+_MOST = 0.9995  # of a threshold: an exact copy, rounded as images are, lies above
 _FALSE_ALARM = 0.01  # probability that a release without any copy is said to hold one
 _CANDIDATES = 4  # real patients to whom a synthetic one is compared under all shifts
 _COARSE, _FINE = 16, 32  # pixels of a slice's side when searching, and when comparing
@@ -121,6 +124,21 @@ def gene_copies(training: Floats, held_out: Floats, synthetic: Floats, participa
     )
 
 
+def of_different_people(similar: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(N,) which patients are *not* far more like the most similar of the others than their quartiles let expect.
+
+    Who is would be the same person twice. The quartiles hardly move for a few of those.
+
+    Args:
+        similar: (N,) correlation of each patient with the most similar of the others.
+    """
+    maxima = _fisher(similar)
+    quarters = np.quantile(maxima, [0.25, 0.5, 0.75])
+    scale = float(quarters[2] - quarters[0]) / (_reduced(0.75) - _reduced(0.25))
+    location = float(quarters[1]) - scale * _reduced(0.5)
+    return np.asarray(maxima <= location + scale * _reduced(1 - _SAME))
+
+
 def copy_threshold(different: NDArray[np.floating], compared: int) -> float:
     """The correlation that `compared` patients who copied nobody reach once in a hundred releases.
 
@@ -132,12 +150,21 @@ def copy_threshold(different: NDArray[np.floating], compared: int) -> float:
         NotMeasurable: too few pairs.
     """
     require_rows("pairs of different patients", different, MIN_PATIENTS)
-    maxima = np.arctanh(np.clip(different, -_LARGEST, _LARGEST))
+    maxima = _fisher(different)
     # Gumbel by moments: the sd is pi / sqrt(6) scale, the mean location + 0.5772 scale.
     scale = float(maxima.std(ddof=1)) * np.sqrt(6) / np.pi
     location = float(maxima.mean()) - np.euler_gamma * scale
     rare = location - scale * np.log(-np.log1p(-_FALSE_ALARM / compared))
-    return float(np.tanh(max(rare, maxima.max())))
+    return min(float(np.tanh(max(rare, maxima.max()))), _MOST)
+
+
+def _fisher(correlations: NDArray[np.floating]) -> NDArray[np.float64]:
+    return np.arctanh(np.clip(correlations.astype(np.float64), -_LARGEST, _LARGEST))
+
+
+def _reduced(probability: float) -> float:
+    """Quantile of the Gumbel distribution of location 0 and scale 1."""
+    return -float(np.log(-np.log(probability)))
 
 
 def _check(
@@ -148,13 +175,22 @@ def _check(
     to_held_out: NDArray[np.float64],
     participants: Sequence[str],
 ) -> CopyCheck:
+    kept = of_different_people(different)
+    twice = int((~kept).sum())
+    different = different[kept]
     threshold = copy_threshold(different, len(to_training))
     copied = np.flatnonzero(to_training >= threshold)
     return CopyCheck(
         of=of,
         how=f"{how}. The threshold is what a release of {len(to_training)} patients who copied nobody exceeds once in a "
         f"hundred times, by {len(different)} held-out patients against training patients "
-        f"(median {np.median(different):.2f}, largest {different.max():.2f}).",
+        f"(median {np.median(different):.2f}, largest {different.max():.2f})."
+        + (
+            f" Left out: {twice} held-out patients who are so like a training patient that they may be the same person "
+            "twice; if they are, the split between training and held-out patients is broken."
+            if twice
+            else ""
+        ),
         threshold=threshold,
         compared=len(to_training),
         found=len(copied),

@@ -22,6 +22,7 @@ Scores = NDArray[np.floating]
 ASKED = (0.001, 0.01)
 MIN_PATIENTS = 10
 _THRESHOLDS = 200  # tried on the first half of the patients
+_TAIL = 0.025  # by which each of the two rates behind a bound of epsilon may err
 _Z = float(norm.ppf(0.975))
 
 
@@ -84,36 +85,40 @@ def operating_point(members: Scores, others: Scores, asked: float) -> OperatingP
     )
 
 
-def epsilon_bound(members: Scores, others: Scores, delta: float, rng: np.random.Generator) -> float:
-    """What the scores alone prove at least of epsilon, at 95 % confidence; 0 when nothing.
+def epsilon_bound(members: Scores, others: Scores, delta: float, rng: np.random.Generator, attacks: int = 1) -> float:
+    """What the scores alone prove at least of epsilon; 0 when nothing. All bounds of `attacks` hold together at 95 %.
 
     Under (epsilon, delta)-differential privacy no rule accuses members at a rate above ``exp(epsilon) FPR + delta``, nor
     acquits others at a rate above ``exp(epsilon) FNR + delta`` (Kairouz et al., 2015). The threshold, and which of both is
     used, are chosen on one random half of the patients; on the other half the two rates get one-sided bounds of Clopper
     and Pearson at 97.5 % each, as Jagielski et al. (2020) and Nasr et al. (2021) do over many training runs. Here there is
-    one run and the patients stand for the repetitions.
+    one run and the patients stand for the repetitions. That needs scores that were made without knowing who else is a
+    member: whoever knows that knows the noise of the run, and the bound would be of that noise alone. Where several attacks
+    are made the chance of error is shared equally among them (Bonferroni): nobody can override that a claim was refuted.
 
     Args:
         members: scores of members.
         others: scores of non-members.
         delta: at which epsilon is claimed.
         rng: splits the patients.
+        attacks: how many are made in all.
 
     Raises:
         NotMeasurable: too few scores, or scores that are not finite.
     """
     _check(members, others)
+    tail = _TAIL / attacks
     chosen_in, tested_in = np.array_split(rng.permutation(members), 2)
     chosen_out, tested_out = np.array_split(rng.permutation(others), 2)
     levels = np.unique(np.concatenate([chosen_in, chosen_out]))
     if len(levels) > _THRESHOLDS:
         levels = np.quantile(levels, np.linspace(0, 1, _THRESHOLDS))
-    best = int(np.argmax(_proven(chosen_in, chosen_out, levels, delta)))
+    best = int(np.argmax(_proven(chosen_in, chosen_out, levels, delta, tail)))
     threshold, direction = levels[best % len(levels)], best // len(levels)
-    return max(0.0, float(_proven(tested_in, tested_out, np.array([threshold]), delta)[direction]))
+    return max(0.0, float(_proven(tested_in, tested_out, np.array([threshold]), delta, tail)[direction]))
 
 
-def largest_epsilon_bound(members: int, others: int, delta: float) -> float:
+def largest_epsilon_bound(members: int, others: int, delta: float, attacks: int = 1) -> float:
     """What `epsilon_bound` gives for a perfect attack on so many patients: more cannot be proven with them.
 
     Raises:
@@ -122,7 +127,7 @@ def largest_epsilon_bound(members: int, others: int, delta: float) -> float:
     halves = np.ones(members // 2), np.zeros(others // 2)
     if min(map(len, halves)) < 1:
         raise NotMeasurable("too few patients for a bound")
-    return max(0.0, float(_proven(*halves, np.array([0.5]), delta).max()))
+    return max(0.0, float(_proven(*halves, np.array([0.5]), delta, _TAIL / attacks).max()))
 
 
 def largest_true_positive_rate(epsilon: float, delta: float, false_positive_rate: float) -> float:
@@ -144,13 +149,15 @@ def largest_area(epsilon: float, delta: float) -> float:
     return 1 - corner * (1 - delta)
 
 
-def _proven(members: Scores, others: Scores, thresholds: NDArray[np.floating], delta: float) -> NDArray[np.float64]:
+def _proven(
+    members: Scores, others: Scores, thresholds: NDArray[np.floating], delta: float, tail: float
+) -> NDArray[np.float64]:
     """(2 T,) bounds of epsilon by accusing who scores above each of T thresholds, and by acquitting the rest."""
     m, n = len(members), len(others)
     found = m - np.searchsorted(np.sort(members), thresholds, side="right")
     false = n - np.searchsorted(np.sort(others), thresholds, side="right")
-    accused = _log_ratio(_lower(found, m, 0.025) - delta, _upper(false, n, 0.025))
-    acquitted = _log_ratio(_lower(n - false, n, 0.025) - delta, _upper(m - found, m, 0.025))
+    accused = _log_ratio(_lower(found, m, tail) - delta, _upper(false, n, tail))
+    acquitted = _log_ratio(_lower(n - false, n, tail) - delta, _upper(m - found, m, tail))
     return np.concatenate([accused, acquitted])
 
 

@@ -132,10 +132,11 @@ def attack_release(
             plan, transcript, train, holdout, (sides.train, sides.holdout), reference, extractor, draws[2]
         )
         scored += done(attempts, not_done)
+    proving = sum(each.proves for each in scored)
     rates = [
         (
             f"{each.title} ({each.site})" if each.site else each.title,
-            lambda each=each: [measured(each, plan.privacy.delta, draws[3])],
+            lambda each=each: [measured(each, plan.privacy.delta, draws[3], max(proving, 1))],
         )
         for each in scored
     ]

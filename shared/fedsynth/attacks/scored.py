@@ -26,6 +26,8 @@ class Scored:
         members: (N,).
         others: (M,) non-members.
         site: whose patients these are; empty for all sites.
+        proves: whether the scores can prove anything of epsilon: not where they were made knowing who else is a member
+            (`fedsynth.attacks.rates.epsilon_bound`).
     """
 
     id: str
@@ -37,10 +39,11 @@ class Scored:
     others: NDArray[np.floating]
     site: str = ""
     note: str = ""
+    proves: bool = True
 
 
-def measured(scored: Scored, delta: float, rng: np.random.Generator) -> MembershipAttack:
-    """The attack's rates with their intervals.
+def measured(scored: Scored, delta: float, rng: np.random.Generator, attacks: int) -> MembershipAttack:
+    """The attack's rates with their intervals, one of so many `attacks`.
 
     Raises:
         NotMeasurable: too few members or non-members, or scores that are not finite.
@@ -57,8 +60,8 @@ def measured(scored: Scored, delta: float, rng: np.random.Generator) -> Membersh
         non_members=len(others),
         area=roc_area(members, others),
         points=[operating_point(members, others, asked) for asked in ASKED],
-        epsilon_bound=epsilon_bound(members, others, delta, rng),
-        largest_bound=largest_epsilon_bound(len(members), len(others), delta),
+        epsilon_bound=epsilon_bound(members, others, delta, rng, attacks) if scored.proves else 0.0,
+        largest_bound=largest_epsilon_bound(len(members), len(others), delta, attacks) if scored.proves else None,
         note=scored.note,
     )
 

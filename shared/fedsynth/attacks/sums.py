@@ -58,6 +58,11 @@ def filter_with_the_rest_known(total: Rows, members: Rows, others: Rows) -> tupl
     2022). For the patient's row r and d, what is left of the sum after all others are subtracted, the logarithm of the
     likelihood ratio is ``<d, r> - |r|^2 / 2``, in units of the noise's variance.
 
+    All scores of a run share its noise, and what rows have in common shifts all of them alike: an attacker of one patient
+    does not know that shift, but a threshold that is chosen among the scores does. So within a run members and others are
+    told apart as well as theory says only if rows have little in common, and better else; on average over runs, for a fixed
+    threshold, the theory holds. `fedsynth.attacks.rates.epsilon_bound` must not be asked of them.
+
     Args:
         total: (D,) the noisy sum.
         members: (N, D) rows of *all* patients whom the site summed.

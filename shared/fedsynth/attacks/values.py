@@ -47,8 +47,10 @@ class MembershipAttack(_Value):
         non_members: held-out patients of the same sites.
         area: under the ROC curve; 0.5 is chance.
         points: at false positive rates of 0.1 % and 1 %.
-        epsilon_bound: what the attack alone proves at least of epsilon (95 % confidence); 0 when nothing.
-        largest_bound: what a perfect attack would prove with as many patients: `epsilon_bound` cannot be above it.
+        epsilon_bound: what the attack alone proves at least of epsilon (95 % confidence, in all attacks together); 0 when
+            nothing.
+        largest_bound: what a perfect attack would prove with as many patients: `epsilon_bound` cannot be above it. None
+            where the scores cannot prove anything (`note` says why).
     """
 
     id: str
