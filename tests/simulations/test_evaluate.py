@@ -10,12 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from fedsynth.errors import UsageError
-from fedsynth.evaluation import fidelity_pixels, networks, utility
+from fedsynth.evaluation import fidelity_pixels, networks, radiogenomics, utility
 from fedsynth.evaluation.evaluate import evaluate
 from fedsynth.evaluation.patients import Patients
 from fedsynth.evaluation.values import Evaluation, Figure
 from fedsynth.metrics import domain_extractor
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
+from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.phantoms import phantom_slices
 from fedsynth.morphology import FEATURES, denormalise, normalise
 from fedsynth.morphometry import measure
@@ -317,3 +318,15 @@ def test_patients_of_several_sites_keep_their_rows_and_sites_but_no_key() -> Non
     assert both.rows(both.sites == 1).images.max() == np.float16(0.3)
     with pytest.raises(ValueError):
         patients_of({})
+
+
+def test_of_many_held_out_patients_those_measured_again_are_of_all_sites(
+    plan: StudyPlan, holdout: Patients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Patients come site by site: the first so many would be of one."""
+    monkeypatch.setattr(radiogenomics, "MAX_MEASURED", 6)
+    measured = radiogenomics.remeasured(plan, [], holdout, None).real
+    assert not isinstance(measured, NotMeasurable)
+    rows = [int(np.flatnonzero((holdout.morphology == asked).all(axis=1))[0]) for asked in measured[0]]
+    assert len(set(rows)) == 6
+    assert sum(row < len(holdout) // 2 for row in rows) == 3

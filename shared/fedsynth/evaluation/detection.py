@@ -177,7 +177,7 @@ def _area(fake: NDArray[np.float64], real: NDArray[np.float64]) -> float:
 def _interval(
     scores: Columns[tuple[NDArray[np.float64], NDArray[np.float64]]], rng: np.random.Generator
 ) -> tuple[float, float] | None:
-    """Over both kinds of patients, each drawn anew within its kind."""
+    """Over the tested patients of both kinds, drawn anew together."""
     if isinstance(scores.synthetic, NotMeasurable):
         return None
     fake, real = scores.synthetic

@@ -309,7 +309,9 @@ def remeasured(
         return normalise(np.stack([p.morphology for p in patients]), names), normalise(np.stack(found), names)
 
     def of_real() -> tuple[Values, Values]:
-        rows = np.flatnonzero(holdout.has_images)[:MAX_MEASURED]
+        rows = np.flatnonzero(holdout.has_images)
+        # Evenly, since patients come site by site: the first so many would be of one site.
+        rows = rows[np.linspace(0, len(rows) - 1, min(MAX_MEASURED, len(rows))).round().astype(int)]
         require_rows("held-out patients with images", rows, 1)
         found = [again(holdout.images[i], holdout.masks[i]) for i in rows]
         return holdout.morphology[rows], normalise(np.stack(found), names)
