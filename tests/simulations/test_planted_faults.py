@@ -373,7 +373,19 @@ def test_a_site_that_computes_something_else_than_it_charges_is_caught_by_its_an
 ) -> None:
     assert answers_are_as_charged(plan, SITE).ok
     plant(monkeypatch)
-    assert fails(answers_are_as_charged(plan, SITE))
+    check = answers_are_as_charged(plan, SITE)
+    assert fails(check) and all(f"{module}: " in check.finding for module in TRAINED)
+
+
+@pytest.mark.parametrize("trains", ["all", "head", "adapters"])
+def test_a_discriminator_with_less_noise_than_charged_is_caught_by_what_the_site_keeps(
+    plan: StudyPlan, monkeypatch: pytest.MonkeyPatch, trains: str
+) -> None:
+    gan = plan.gan.model_copy(update={"discriminator_trains": trains})
+    studied = plan.model_copy(update={"gan": gan})
+    assert answers_are_as_charged(studied, SITE).ok
+    _trained_with(noise_multiplier=lambda block: 0.9 * block.noise_multiplier)(monkeypatch)
+    assert "gan: what it kept" in answers_are_as_charged(studied, SITE).finding
 
 
 def test_an_evaluation_with_less_noise_than_charged_is_caught_by_the_answers(
