@@ -24,7 +24,8 @@ _COMPOSITION = (
 )
 _HOLDOUT = (
     " Held-out patients are other people than training patients: a site's evaluation of the finished generator costs them "
-    "alone, and costs training patients nothing."
+    "alone, and costs training patients nothing. Where nothing is stated of a site's held-out patients, no evaluation of "
+    "theirs was received; one that was charged and lost on the way cost them at most the budget of held-out patients."
 )
 _NOT_COVERED = [
     "the choice of panel, sequences, architectures and hyper-parameters, made on public or simulated data",

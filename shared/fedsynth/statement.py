@@ -47,7 +47,8 @@ class HoldoutStatement(_Value):
 class SiteStatement(_Value):
     """What one site's ledger says it spent on this study, and its head digest, which binds the statement to the ledger.
 
-    `epsilon` and `mechanisms` are of training patients; `holdout` is of held-out patients, None where they spent nothing.
+    `epsilon` and `mechanisms` are of training patients; `holdout` is of held-out patients, None where no answer of theirs
+    was received: they spent nothing, or (the answer was lost or late) at most the statement's `holdout_epsilon_budget`.
     `epsilon_lifetime` composes everything the ledger holds, earlier studies included.
     """
 
