@@ -147,7 +147,8 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
         f"Content {signed.content}",
         checked,
         words,
-        *([f"The limits leave something out: {limits.reason}"] if limits.reason else []),
+        *([f"The limits leave something out, or are loose: {limits.reason}"] if limits.reason else []),
+        *([f"Looser than the defaults: {'; '.join(limits.loosened)}."] if limits.loosened else []),
         f"Evidence beside it: {', '.join(sorted(signed.evidence)) or 'none'}.",
         "Private: yes." if statement.private else "NOT PRIVATE: the noise of this study was reproducible.",
         "Your signature says that this site agrees to the release of exactly this content. It tells whoever gets the "

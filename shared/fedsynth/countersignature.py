@@ -103,6 +103,12 @@ def key_hex(key: Ed25519PublicKey) -> str:
     return key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
+def key_pem(key: str) -> bytes:
+    """The public `key` (hex) as PEM, as openssl reads it."""
+    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
+    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
 def signed_by(countersignature: Countersignature, key: str) -> bool:
     """Whether the public `key` (hex) belongs to the signature."""
     try:
@@ -142,12 +148,11 @@ def write_into(folder: Path, countersignature: Countersignature, plan: StudyPlan
             f"The plan names no key of site {name}, so nobody could tell whose signature it is.",
             "A site that wants to countersign says so in the plan, before it approves it.",
         )
-    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key))
     home = folder / FOLDER
     home.mkdir(exist_ok=True)
     (home / f"{name}.json").write_text(countersignature.statement, encoding="utf-8")
     (home / f"{name}.sig").write_bytes(bytes.fromhex(countersignature.signature))
-    (home / f"{name}.pub.pem").write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (home / f"{name}.pub.pem").write_bytes(key_pem(key))
 
 
 def read_from(folder: Path) -> dict[str, Countersignature]:

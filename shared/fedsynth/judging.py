@@ -172,6 +172,16 @@ def judge_copies(attacks: Attacks, limits: Limits) -> Judgement:
             f"Nobody looked for copies of {' and '.join(missing)}.",
             "Run the attacks again, or leave it out of the limits with a reason.",
         )
+    if part := [check for check in attacks.copies if check.compared < attacks.n_synthetic]:
+        return Judgement(
+            "failed",
+            "; ".join(
+                f"{check.of}: only {check.compared} of {attacks.n_synthetic} synthetic patients were compared"
+                for check in part
+            )
+            + ".",
+            "Run the attacks again on all synthetic patients.",
+        )
     over = [check for check in attacks.copies if check.found - check.found_holdout > asked.beyond_chance]
     if over:
         return Judgement(

@@ -26,8 +26,9 @@ class MembershipLimits(Section):
 
     Attributes:
         views: which attackers must have been tried; what is left out is said first in the report.
-        area: the low end of an attack's area under the ROC curve from the release may not be above this. 0.55: with 100 members and 100
-            others luck puts it there once in 1,000 attacks (Hanley and McNeil, 1982), with 30 and 30 once in 140.
+        area: the low end of an attack's area under the ROC curve from the release may not be above this. 0.55: with 100
+            members and 100 others luck puts it there once in 1,000 attacks (Hanley and McNeil, 1982), with 30 and 30 once in
+            140.
         true_positive_rate: neither may the low end of its true positive rate at 1 % false positives. 0.05: of those whom
             it accuses five times as many are members as by chance. Where few non-members leave the false positive rate
             itself uncertain up to a higher value, that value is the limit.
@@ -86,7 +87,8 @@ class Limits(Section):
     """All limits; the defaults ask for everything.
 
     Attributes:
-        reason: why something is not asked for, in words for the reader of the report.
+        reason: why something is not asked for, or is allowed to reach more than by default, in words for the reader of the
+            report.
     """
 
     schema_version: Literal[1] = 1
@@ -100,11 +102,30 @@ class Limits(Section):
         """Whether anything has to be tried on real patients."""
         return bool(self.membership.views) or self.attributes.asked or self.copies.asked
 
+    @property
+    def loosened(self) -> list[str]:
+        """What is asked for less strictly than by default, with both values: a limit that nothing reaches asks nothing."""
+        membership, kept = self.membership, MembershipLimits()
+        pairs = {
+            "membership.area": (membership.area, kept.area),
+            "membership.true_positive_rate": (membership.true_positive_rate, kept.true_positive_rate),
+            "attributes.gap": (self.attributes.gap, AttributeLimits().gap),
+            "copies.beyond_chance": (self.copies.beyond_chance, CopyLimits().beyond_chance),
+        }
+        above = [
+            f"{name} {value:g} instead of {default:g}" for name, (value, default) in pairs.items() if value > default
+        ]
+        if membership.least_patients < kept.least_patients:
+            above.append(f"membership.least_patients {membership.least_patients} instead of {kept.least_patients}")
+        return above
+
     @model_validator(mode="after")
     def _what_is_left_out_has_a_reason(self) -> Self:
         whole = set(self.membership.views) == set(VIEWS) and self.attributes.asked and self.copies.asked
-        if not whole and len(self.reason) < 10:
+        if not whole and len(self.reason.strip()) < 10:
             raise ValueError("reason: say in a sentence why not every attack is asked for; the report quotes it")
+        if self.loosened and len(self.reason.strip()) < 10:
+            raise ValueError(f"reason: say in a sentence why limits are looser ({'; '.join(self.loosened)})")
         if len(set(self.membership.views)) != len(self.membership.views):
             raise ValueError("membership.views names one twice")
         return self
@@ -129,7 +150,7 @@ TEMPLATE = """\
 # above it. `fedsynth release make --limits FILE` puts this file into the release, where sites judge by it, too.
 schema_version = 1
 
-# Needed as soon as something below is not asked for: why, in words for the reader of the report.
+# Needed as soon as something below is not asked for, or looser than here: why, in words for the reader of the report.
 reason = ""
 
 [membership]  # who was trained on?

@@ -67,7 +67,8 @@ class Study:
 
 @pytest.fixture(autouse=True)
 def _one_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth_server.release.make.code_digest", lambda: CODE)
+    for module in ("make", "gate"):
+        monkeypatch.setattr(f"fedsynth_server.release.{module}.code_digest", lambda: CODE)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def audit(plan: StudyPlan) -> Audit:
             claimed_epsilon=3.0,
             delta=1e-5,
             sample_rate=0.25,
-            noise_multiplier=2.0,
+            noise_multiplier=0.5,
             steps=6,
             canaries=100,
             guesses=20,

@@ -145,7 +145,8 @@ def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_code() -> Iterator[None]:
     """Sources that are edited while the tests run must not make the audit stale."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedsynth_server.release.make.code_digest", lambda: CODE)
+        for module in ("make", "gate"):
+            patch.setattr(f"fedsynth_server.release.{module}.code_digest", lambda: CODE)
         yield
 
 

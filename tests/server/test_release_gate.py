@@ -20,12 +20,16 @@ from fedsynth.files import read_json, write_json
 from fedsynth.limits import TEMPLATE, AttributeLimits, CopyLimits, Limits, MembershipLimits, load_limits
 from fedsynth.plan import SiteEvaluationPlan, StudyPlan
 from fedsynth.statement import HoldoutStatement, PrivacyStatement
+from fedsynth.sums import write_content
 from fedsynth_server.cli import release as release_app
 from fedsynth_server.release import make as make_module
 from fedsynth_server.release.checks import Check
+from fedsynth_server.release.content import structure_faults
 from fedsynth_server.release.decision import GateCheck, GateDecision, OverrideRequest
+from fedsynth_server.release.index import ReleaseIndex
 from fedsynth_server.release.make import ReleaseRefused, finish_release
 from fedsynth_server.release.manifest import load_key, write_manifest
+from fedsynth_server.release.opened import Release
 from fedsynth_server.release.verify import verify
 
 Make = Callable[..., Path]
@@ -102,6 +106,21 @@ def test_a_decision_is_about_the_files_and_not_about_what_was_in_memory(
 
 
 # ---- the audit
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"canaries": 1, "reachable": 0.0, "epsilon_bound": 0.0}, "could have refuted no epsilon at all"),
+        ({"noise_multiplier": 50.0}, "audited with the noise multiplier 50; the study used 2.5"),
+    ],
+)
+def test_an_audit_that_could_not_have_found_anything_is_refused(
+    quick: Make, tmp_path: Path, release_audit: Audit, changes: dict[str, Any], cause: str
+) -> None:
+    modules = [module.model_copy(update=changes) for module in release_audit.modules]
+    failed = refused(quick, tmp_path / "out", audit=release_audit.model_copy(update={"modules": modules}))
+    assert cause in failed["audit"].finding
 
 
 def test_no_audit_is_refused(quick: Make, tmp_path: Path) -> None:
@@ -290,6 +309,29 @@ def test_copies_that_nobody_looked_for_are_refused(quick: Make, tmp_path: Path, 
     assert "Nobody looked for copies of images" in failed["copies"].finding
 
 
+def test_copies_that_were_looked_for_in_a_part_are_refused(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    genes = release_attacks.copies[1].model_copy(update={"compared": 1})
+    partly = release_attacks.model_copy(update={"copies": [release_attacks.copies[0], genes]})
+    failed = refused(quick, tmp_path / "out", attacks=partly)
+    assert "genes: only 1 of 3 synthetic patients were compared" in failed["copies"].finding
+
+
+def test_evidence_on_a_part_of_the_patients_is_refused(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    fewer = [check.model_copy(update={"compared": 1}) for check in release_attacks.copies]
+    partly = release_attacks.model_copy(update={"n_synthetic": 1, "copies": fewer})
+    failed = refused(quick, tmp_path / "out", attacks=partly)
+    assert "attacks.json is about 1 synthetic patients; these are 3" in failed["evidence"].finding
+
+
+def test_attacks_that_could_not_be_made_are_named(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
+    partly = release_attacks.model_copy(update={"not_done": ["Density ratio: too few patients."]})
+    out = quick(tmp_path / "out", attacks=partly)
+    decision = GateDecision.model_validate(read_json(out / "gate.json"))
+    assert "could not be made: Density ratio" in next(c.finding for c in decision.checks if c.id == "evidence")
+
+
 # ---- limits
 
 
@@ -310,6 +352,32 @@ def test_what_limits_do_not_ask_for_is_said_to_the_recipient(quick: Make, tmp_pa
 def test_limits_that_leave_something_out_need_a_reason() -> None:
     with pytest.raises(ValueError, match="reason"):
         Limits(copies=CopyLimits(asked=False))
+    with pytest.raises(ValueError, match="reason"):
+        Limits(reason=" " * 20, copies=CopyLimits(asked=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "loose"),
+    [
+        ("membership.area", {"membership": MembershipLimits(area=0.99)}),
+        ("membership.true_positive_rate", {"membership": MembershipLimits(true_positive_rate=0.9)}),
+        ("membership.least_patients", {"membership": MembershipLimits(least_patients=2)}),
+        ("attributes.gap", {"attributes": AttributeLimits(gap=0.9)}),
+        ("copies.beyond_chance", {"copies": CopyLimits(beyond_chance=1000)}),
+    ],
+)
+def test_a_limit_that_nothing_reaches_asks_nothing_and_needs_a_reason_as_well(name: str, loose: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"looser .*{name}"):
+        Limits(**loose)
+    assert Limits(reason="Twins are in this study.", **loose).loosened[0].startswith(name)
+    assert Limits(membership=MembershipLimits(area=0.52)).loosened == []
+
+
+def test_loose_limits_are_said_to_the_recipient(quick: Make, tmp_path: Path) -> None:
+    loose = Limits(reason="Twins are in this study.", copies=CopyLimits(beyond_chance=2))
+    out = quick(tmp_path / "out", limits=loose)
+    (warning,) = verify(out, out / "release.pub.pem").warnings
+    assert "copies.beyond_chance 2 instead of 0" in warning and "Twins" in warning
 
 
 def test_the_template_of_limits_is_the_defaults(tmp_path: Path) -> None:
@@ -369,7 +437,8 @@ def held_out(plan: StudyPlan, statement: PrivacyStatement, epsilon: float) -> di
 
 
 def evaluated(plan: StudyPlan, site: str, epsilon: float) -> SiteEvaluation:
-    scores = SiteScores(site=site, epsilon=epsilon, epsilon_lifetime=epsilon, noise_multiplier=2.0, scores=[])
+    noise = evaluation_mechanism(plan).noise_multiplier
+    scores = SiteScores(site=site, epsilon=epsilon, epsilon_lifetime=epsilon, noise_multiplier=noise, scores=[])
     return SiteEvaluation(
         plan_digest=plan.digest,
         evaluators="ab" * 32,
@@ -390,6 +459,7 @@ def test_sites_that_evaluated_state_what_it_cost_their_held_out_patients(
     tmp_path: Path,
     release_plan: StudyPlan,
     release_statement: PrivacyStatement,
+    release_audit: Audit,
     site: str,
     epsilon: float,
 ) -> None:
@@ -399,9 +469,40 @@ def test_sites_that_evaluated_state_what_it_cost_their_held_out_patients(
     assert f"site {site} evaluated, but its account of held-out patients is not in the statement" in (
         failed["ledgers"].finding
     )
-    out = quick(tmp_path / "next", **asked, site_evaluation=evaluated(asked["plan"], "north", 1.99))
+    noise = evaluation_mechanism(asked["plan"]).noise_multiplier
+    whole = release_audit.modules[0].model_copy(
+        update={"module": "evaluation", "claimed_epsilon": 1.99, "noise_multiplier": noise}
+    )
+    audited = {"plan_digest": asked["plan"].digest, "modules": [*release_audit.modules, whole]}
+    out = quick(
+        tmp_path / "next",
+        **asked,
+        audit=release_audit.model_copy(update=audited),
+        site_evaluation=evaluated(asked["plan"], "north", 1.99),
+    )
     assert verify(out).ok
     assert "held-out patients 1.990" in read_json(out / "gate.json")["checks"][0]["finding"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [({"private": False}, "reproducible noise"), ({"noise_multiplier": 0.01}, "with the noise multiplier 0.01")],
+)
+def test_sites_evaluated_with_the_noise_that_is_stated(
+    quick: Make,
+    tmp_path: Path,
+    release_plan: StudyPlan,
+    release_statement: PrivacyStatement,
+    changes: dict[str, Any],
+    cause: str,
+) -> None:
+    asked = held_out(release_plan, release_statement, 1.99)
+    found = evaluated(asked["plan"], "north", 1.99)
+    if "private" in changes:
+        found = found.model_copy(update=changes)
+    else:
+        found = found.model_copy(update={"sites": [found.sites[0].model_copy(update=changes)]})
+    assert cause in refused(quick, tmp_path / "out", **asked, site_evaluation=found)["ledgers"].finding
 
 
 @pytest.mark.parametrize(("epsilon", "cause"), [(2.5, "not within 2"), (0.3, "more than stated")])
@@ -501,7 +602,7 @@ def test_a_candidate_that_was_altered_or_added_to_is_refused(
     assert refusal.value.code == "candidate_has_more"
     (candidate / "attacks-north.json").unlink()
     limits = (candidate / "limits.toml").read_text()
-    (candidate / "limits.toml").write_text(limits.replace("area = 0.55", "area = 0.95"))
+    (candidate / "limits.toml").write_text(limits.replace("area = 0.55", "area = 0.54"))
     with pytest.raises(ReleaseRefused, match="altered: limits"):
         finish_release(candidate, tmp_path / "out", release_key, audit=release_audit)
     assert not (tmp_path / "out").exists()
@@ -607,6 +708,55 @@ def test_a_finding_that_was_reworded_is_found(made: Path, tmp_path: Path, releas
     copy = Path(shutil.copytree(made, tmp_path / "copy"))
     said = forge(copy, release_key, lambda decision: decision["checks"][0].update(finding="Nobody spent anything."))
     assert "words ledgers otherwise" in said
+
+
+def test_another_state_of_the_same_version_may_word_it_otherwise_but_is_named(
+    made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release_key: Path
+) -> None:
+    monkeypatch.setattr("fedsynth_server.release.gate.code_digest", lambda: "ab" * 32)
+    result = verify(made, made / "release.pub.pem")
+    assert result.ok and "other sources (c0dec0dec0de) than yours (abababababab)" in result.warnings[0]
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    decision = read_json(copy / "gate.json")
+    decision["checks"][0]["finding"] = "Said in other words."
+    write_json(copy / "gate.json", decision)
+    write_manifest(copy, load_key(release_key))
+    assert verify(copy).ok
+    assert "says failed of audit" in forge(copy, release_key, lambda d: d["checks"][2].update(status="failed"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patients.csv",
+        "bids/patients.csv",
+        "bids/sub-SYN0001/anat/notes.txt",
+        "genes/raw.tsv",
+        "countersignatures/x.csv",
+    ],
+)
+def test_nothing_else_can_be_published_with_a_release(made: Path, tmp_path: Path, release_key: Path, name: str) -> None:
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("a name, a birthday")
+    write_content(copy)
+    write_manifest(copy, load_key(release_key))
+    result = verify(copy)
+    failed = {check.name for check in result.checks if check.status == "failed"}
+    assert failed & {"structure", "participants", "gate"}
+
+
+def test_a_release_that_sites_wanted_to_countersign_cannot_pass_as_one_from_before_the_gate(
+    quick: Make, tmp_path: Path, release_plan: StudyPlan, release_statement: PrivacyStatement
+) -> None:
+    sites = [site.model_copy(update={"countersign_key": "ab" * 32}) for site in release_plan.sites]
+    release = Release(
+        tmp_path,
+        ReleaseIndex.model_construct(schema_version=1, formats=[]),
+        release_plan.model_copy(update={"sites": sites}),
+        release_statement,
+    )
+    assert any("reserved in the plan to countersign" in fault for fault in structure_faults(release))
 
 
 def test_a_release_without_its_decision_fails(made: Path, tmp_path: Path, release_key: Path) -> None:

@@ -22,6 +22,23 @@ from fedsynth_server.release.tables import Column, expression_columns, label_col
 
 BIDS_VERSION = "1.11.1"
 MASKS = "derivatives/seg"
+# What the tree holds beside images, masks and their sidecars; `verify` refuses any other.
+DATASET_FILES = frozenset(
+    {
+        "CHANGES",
+        "README.md",
+        "dataset_description.json",
+        "genetic_info.json",
+        "participants.json",
+        "participants.tsv",
+        "phenotype/expression.json",
+        "phenotype/expression.tsv",
+        "phenotype/morphology.json",
+        "phenotype/morphology.tsv",
+        f"{MASKS}/README.md",
+        f"{MASKS}/dataset_description.json",
+    }
+)
 # All free text of a NIfTI header; `verify` refuses any other.
 NIFTI_DESCRIPTION = "synthetic data, not a patient"
 

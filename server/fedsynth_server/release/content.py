@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsynth.countersignature import EVIDENCE, FOLDER
 from fedsynth.plan import PrivacyPlan, StudyPlan
 from fedsynth.statement import SiteStatement
-from fedsynth.sums import CONTENT, content_faults
+from fedsynth.sums import CONTENT, content_faults, files_of, is_content
 from fedsynth_server.release.bids import MASKS
 from fedsynth_server.release.facts import NO_GUARANTEE
 from fedsynth_server.release.imagery import file_faults, geometry_faults, identifier_faults, synthetic_faults
@@ -46,6 +47,21 @@ REQUIRED_OF_BIDS = (
 )
 # Since there is a gate; releases of earlier versions lack them.
 REQUIRED_OF_GATE = (CONTENT, "gate.json", "limits.toml")
+# What is made after the gate let a release pass.
+MADE_LAST = frozenset(
+    {
+        "CONTENT.SHA256SUMS",
+        "DATASHEET.md",
+        "README.md",
+        "SHA256SUMS",
+        "SHA256SUMS.sig",
+        "croissant.json",
+        "gate.json",
+        "release.pub.pem",
+        "report.html",
+    }
+)
+GENES = frozenset({EXPRESSION, EXPRESSION_PARQUET})
 # What a release may hold beside.
 OUTCOME = "outcome.json"
 # Versions of an accountant differ by less than this; a false statement by more.
@@ -56,6 +72,14 @@ def structure_faults(release: Release) -> list[str]:
     """Files that every release must have, and trees that it has without saying so."""
     required = [*REQUIRED, *(REQUIRED_OF_GATE if release.has_gate else ())]
     faults = [f"missing: {name}" for name in required if not (release.folder / name).is_file()]
+    if release.has_gate:
+        faults += [
+            f"no release holds {name}"
+            for name in files_of(release.folder)
+            if not (is_content(name) or name in MADE_LAST or name in EVIDENCE or name.startswith(f"{FOLDER}/"))
+        ]
+    elif any(site.countersign_key is not None for site in release.plan.sites):
+        faults.append("sites reserved in the plan to countersign, which this version of a release has no place for")
     return faults + _tree_faults(release)
 
 
@@ -99,6 +123,8 @@ def participants_faults(release: Release) -> list[str]:
     faults += [f"label {label!r} is not in the plan" for label in sorted(unknown)]
     if not faults:
         faults += _parquet_faults(folder)
+    genes = {path.relative_to(folder).as_posix() for path in (folder / "genes").rglob("*") if path.is_file()}
+    faults += [f"unexpected: {name}" for name in sorted(genes - GENES)]
     return faults + file_faults(release)
 
 

@@ -59,7 +59,8 @@ class GateDecision(_Value):
     Attributes:
         subject: which synthetic patients it is about (`fedsynth.synthetic.subject_digest`).
         content: SHA-256 of ``CONTENT.SHA256SUMS``, which is what sites countersign.
-        code: SHA-256 over the sources that decided (`fedsynth.auditing.code.code_digest`); the audit must be of these.
+        code: SHA-256 over the sources that touch or protect patients (`fedsynth.auditing.code.code_digest`), as installed
+            where it was decided; the audit must be of these.
     """
 
     schema_version: Literal[1] = 1

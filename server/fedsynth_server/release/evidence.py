@@ -75,7 +75,7 @@ def read_evidence(folder: Path) -> Evidence:
     try:
         limits = load_limits(folder / LIMITS)
     except UsageError as error:
-        raise Refused("evidence_unreadable", error.message) from None
+        raise Refused("evidence_unreadable", error.message.replace(str(folder / LIMITS), LIMITS), error.hint) from None
     return Evidence(
         limits,
         _present(folder / AUDIT, Audit),

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from fedsynth import __version__
 from fedsynth.attacks.values import Attacks, View
-from fedsynth.auditing.values import Audit
-from fedsynth.countersignature import OwnAttacks, Statement, signed_by
+from fedsynth.auditing.code import code_digest
+from fedsynth.auditing.values import Audit, AuditedModule
+from fedsynth.countersignature import FOLDER, OwnAttacks, Statement, key_pem, signed_by
 from fedsynth.errors import Refused
 from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.values import may_be_shared
@@ -90,6 +91,13 @@ def _ledgers(release: Release, evidence: Evidence, content: Sequence[Check]) -> 
         account = stated[scores.site].holdout if scores.site in stated else None
         if account is None or abs(account.epsilon - scores.epsilon) > 1e-9:
             faults.append(f"site {scores.site} evaluated, but its account of held-out patients is not in the statement")
+        elif abs(account.noise_multiplier - scores.noise_multiplier) > 1e-9:
+            faults.append(
+                f"site {scores.site} evaluated with the noise multiplier {scores.noise_multiplier:g}; the statement says "
+                f"{account.noise_multiplier:g}"
+            )
+    if evidence.site_evaluation and statement.private and not evidence.site_evaluation.private:
+        faults.append("the sites evaluated with reproducible noise, though the statement calls all noise unpredictable")
     spent = "; ".join(
         f"{site.name} epsilon {site.epsilon:.3f}"
         + (f" (held-out patients {site.holdout.epsilon:.3f})" if site.holdout else "")
@@ -154,6 +162,18 @@ def _audit(release: Release, audit: Audit | None, code: str) -> GateCheck:
         for module in audit.modules
         if module.claimed_epsilon > _budget(plan, module.module) * (1 + 1e-6)
     ]
+    stale += [
+        f"its run of {module.module} could have refuted no epsilon at all ({module.canaries} canaries)"
+        for module in audit.modules
+        if module.reachable <= 0
+    ]
+    used = _noise(release)
+    stale += [
+        f"{module.module} at {module.site} was audited with the noise multiplier {module.noise_multiplier:g}; the study "
+        f"used {used[_where(module)]:g}"
+        for module in audit.modules
+        if module.noise_multiplier > used.get(_where(module), module.noise_multiplier) * (1 + 1e-6)
+    ]
     refuted = [f"{found.title}: {found.finding}" for found in audit.checks if not found.ok]
     refuted += [
         f"{found.module} at {found.site}: epsilon is at least {found.epsilon_bound:.3f} ({found.confidence:.0%} "
@@ -174,6 +194,20 @@ def _audit(release: Release, audit: Audit | None, code: str) -> GateCheck:
     return _check(
         "audit", _AUDIT, Judgement("ok", f"{len(audit.checks)} properties hold; no epsilon is refuted: {bounds}.")
     )
+
+
+def _where(module: AuditedModule) -> tuple[str, str]:
+    return module.site, module.module
+
+
+def _noise(release: Release) -> dict[tuple[str, str], float]:
+    """The noise multiplier of each site and module, as the privacy statement says."""
+    found: dict[tuple[str, str], float] = {}
+    for site in release.statement.sites:
+        found |= {(site.name, mechanism.module): mechanism.noise_multiplier for mechanism in site.mechanisms}
+        if site.holdout is not None:
+            found[site.name, "evaluation"] = site.holdout.noise_multiplier
+    return found
 
 
 def _budget(plan: StudyPlan, module: Activity) -> float:
@@ -284,6 +318,10 @@ def _evidence(release: Release, evidence: Evidence, subject: str) -> GateCheck:
             continue
         if found.subject != subject:
             faults.append(f"{name} is about other synthetic patients ({found.subject[:12]}, not {subject[:12]})")
+        if found.n_synthetic != release.index.n_patients:
+            faults.append(
+                f"{name} is about {found.n_synthetic} synthetic patients; these are {release.index.n_patients}"
+            )
         if not may_be_shared(found.data):
             faults.append(f"{name} was computed on patients who are not public, and has to stay where it was computed")
     for name, digest in (
@@ -293,11 +331,13 @@ def _evidence(release: Release, evidence: Evidence, subject: str) -> GateCheck:
     ):
         if digest != plan:
             faults.append(f"{name} is of another plan ({digest[:12]}, not {plan[:12]})")
+    open_ = evidence.attacks.not_done if evidence.attacks else []
     return _final(
         "evidence",
         "Evidence belongs to this release",
         faults,
-        f"All evidence is of plan {plan[:12]} and synthetic patients {subject[:12]}.",
+        f"All evidence is of plan {plan[:12]} and synthetic patients {subject[:12]}."
+        + (f" Attacks that could not be made: {' '.join(open_)}" if open_ else ""),
         "Leave out what is about something else, or make it anew about this candidate.",
     )
 
@@ -342,6 +382,7 @@ class _Signed:
         self.faults: list[str] = []
         self.valid: dict[str, Statement] = {}
         self._subject = subject
+        self.faults += _stray(release)
         for name, countersignature in evidence.countersignatures.items():
             key = keys.get(name)
             if key is None or not signed_by(countersignature, key):
@@ -362,6 +403,20 @@ class _Signed:
         stated = self.valid.get(site)
         own = stated.attacks if stated else None
         return own is not None and own.subject == self._subject and covered(own)
+
+
+def _stray(release: Release) -> list[str]:
+    """Files among the countersignatures that are none, and keys there that are not those of the plan."""
+    home = release.folder / FOLDER
+    keys = {site.name: site.countersign_key for site in release.plan.sites}
+    faults = []
+    for path in sorted(home.rglob("*")):
+        name, _, kind = path.relative_to(home).as_posix().partition(".")
+        if name not in keys or kind not in ("json", "sig", "pub.pem"):
+            faults.append(f"{FOLDER}/ holds something that is no countersignature of a site of the plan")
+        elif kind == "pub.pem" and (key := keys[name]) is not None and path.read_bytes() != key_pem(key):
+            faults.append(f"{FOLDER}/{name}.pub.pem is not the key that the plan names")
+    return faults
 
 
 def _statement_faults(stated: Statement, name: str, release: Release, content: str) -> list[str]:
@@ -444,11 +499,12 @@ def decision_faults(release: Release, content: Sequence[Check], key: Ed25519Publ
     if (decision.plan_digest, decision.subject, decision.content) != (found.plan_digest, found.subject, found.content):
         faults.append(f"{FILE} is about another plan, other patients or another content")
     stated = {check.id: check for check in decision.checks}
+    same = release.index.software == SOFTWARE_VERSION and decision.code == code_digest()
     for check in found.checks:
         said = stated.get(check.id)
         if said is None or said.status != check.status or said.overridable != check.overridable:
             faults.append(f"{FILE} says {said.status if said else 'nothing'} of {check.id}; found: {check.status}")
-        elif release.index.software == SOFTWARE_VERSION and said != check:  # other versions may word it otherwise
+        elif same and said != check:  # other versions, and other states of this one, may word it otherwise
             faults.append(f"{FILE} words {check.id} otherwise than this very version does")
     if unknown := sorted(stated.keys() - {check.id for check in found.checks}):
         faults.append(f"{FILE} has checks that are not known: {', '.join(unknown)}")
@@ -489,6 +545,16 @@ def gate_warnings(release: Release) -> list[str]:
         warnings.append(
             f"RELEASED ALTHOUGH CHECKS FAILED ({', '.join(decision.override.failed)}). {decision.override.responsible} "
             f'answers for it: "{decision.override.statement}"'
+        )
+    limits = read_evidence(release.folder).limits
+    if limits.loosened:
+        warnings.append(
+            f"Limits of attacks are looser than the defaults: {'; '.join(limits.loosened)}. {limits.reason}"
+        )
+    if release.index.software == SOFTWARE_VERSION and decision.code != code_digest():
+        warnings.append(
+            f"Made and audited by other sources ({decision.code[:12]}) than yours ({code_digest()[:12]}), though both call "
+            f"themselves {SOFTWARE_VERSION}: ask for them before you rely on the audit."
         )
     unasked = [check for check in decision.checks if check.status == "not asked" and check.id != "countersignatures"]
     warnings += [f"Not checked: {check.title}. {check.finding}" for check in unasked]

@@ -22,7 +22,7 @@ from pydicom.uid import MRImageStorage, SegmentationStorage
 from fedsynth.errors import Refused
 from fedsynth.files import read_json
 from fedsynth.sequences import mr_sequences
-from fedsynth_server.release.bids import NIFTI_DESCRIPTION, image_path, mask_path
+from fedsynth_server.release.bids import DATASET_FILES, NIFTI_DESCRIPTION, image_path, mask_path
 from fedsynth_server.release.dicom import MR_ATTRIBUTES, SEGMENTATION_FOLDER, patient_name
 from fedsynth_server.release.geometry import Grid
 from fedsynth_server.release.opened import Release
@@ -100,7 +100,10 @@ def _bids_file_faults(release: Release) -> list[str]:
     expected = {mask_path(participant) for participant in release.participants}
     expected |= {image_path(participant, sequence) for participant in release.participants for sequence in sequences}
     present = {path.relative_to(release.folder / "bids").as_posix() for path in _nifti_files(release)}
-    return _set_faults("bids", expected, present)
+    beside = {name.removesuffix(".nii.gz") + ".json" for name in expected} | DATASET_FILES
+    root = release.folder / "bids"
+    others = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - present
+    return _set_faults("bids", expected, present) + _set_faults("bids", set(), others - beside)
 
 
 def _dicom_file_faults(release: Release) -> list[str]:
