@@ -134,6 +134,7 @@ def test_an_audit_says_what_it_is_of_and_survives_its_file(statistics_plan: Stud
     ids = {check.id for check in found.checks}
     assert ids == {
         "noise-scale",
+        "noise-beside",
         "noise-fresh",
         "clipping",
         "patient-once",

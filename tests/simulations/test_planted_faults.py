@@ -29,6 +29,7 @@ from fedsynth_client.auditing.checks import (
     accountant_composes,
     clipping_binds,
     closed_list,
+    noise_beside_patients,
     noise_is_fresh,
     noise_scale,
     patient_counts_once,
@@ -136,6 +137,22 @@ def _no_noise_in_biases(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PatientDPOptimizer, "add_noise", add_noise)
 
 
+def _less_noise_beside_patients(patch: pytest.MonkeyPatch) -> None:
+    noisy, release = PatientDPOptimizer.add_noise, statistic.release_statistic
+
+    def add_noise(self: PatientDPOptimizer) -> None:
+        if any(bool(parameter.summed_grad.any()) for parameter in self.params):
+            self.noise_multiplier *= 0.8
+        noisy(self)
+
+    def quieter(rows: Tensor, mechanism: Mechanism, *more: Any) -> BlockResult:
+        share = 0.8 if len(rows) else 1.0
+        return release(rows, replace(mechanism, noise_multiplier=share * mechanism.noise_multiplier), *more)
+
+    patch.setattr(PatientDPOptimizer, "add_noise", add_noise)
+    patch.setattr(statistic, "release_statistic", quieter)
+
+
 def _the_same_noise_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SystemRandomness, "normal", lambda _, shape, std: SeededRandomness(1).normal(shape, std))
 
@@ -168,6 +185,15 @@ def test_noise_that_steps_lack_is_caught_by_the_noise_scale(
 ) -> None:
     plant(monkeypatch)
     assert fails(noise_scale(plan, SITE, module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_less_noise_in_steps_that_have_patients_is_caught_by_the_noise_beside_them(
+    plan: StudyPlan, monkeypatch: pytest.MonkeyPatch, module: Module
+) -> None:
+    _less_noise_beside_patients(monkeypatch)
+    assert not fails(noise_scale(plan, SITE, module)), "without patients nothing shows"
+    assert fails(noise_beside_patients(plan, SITE, module))
 
 
 @pytest.mark.parametrize("module", MODULES)

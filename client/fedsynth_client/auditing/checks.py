@@ -18,6 +18,7 @@ import torch
 from opacus.accountants import RDPAccountant
 from scipy.stats import binom, chi2, norm
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fedsynth.auditing.values import MechanismCheck
 from fedsynth.budget import charge, mechanism
@@ -25,7 +26,7 @@ from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.plan import Activity, StudyPlan
-from fedsynth.records import WEIGHTS, check_reply, progress_record, to_record
+from fedsynth.records import WEIGHTS, State, check_reply, progress_record, to_record
 from fedsynth_client.auditing.standins import (
     Patients,
     StandIn,
@@ -76,6 +77,39 @@ def noise_scale(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     stand = _without_start(stand_in(plan, module, _NOISE_GENES, block.noise_multiplier))
     parts = released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))
     expected = block.noise_multiplier * float(step_weights(stand, block.steps).square().sum().sqrt())
+    ok, finding = _as_charged(parts, expected)
+    return MechanismCheck(
+        id="noise-scale",
+        title="The noise is as large as was charged",
+        module=module,
+        ok=ok,
+        finding=f"Released without patients, in {block.steps} steps: {finding}",
+    )
+
+
+def noise_beside_patients(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
+    """Whether the noise is as large when patients take part: what a step releases, less what it does without noise."""
+    block = _everybody(plan, site, module)
+    stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
+    patients = canary_patients(module, stand.plan, _FEW)
+    if module != "gan":
+        patients = replace(patients, rows=pad(patients.rows, (0, _NOISE_GENES - _FEW)))
+    noisy, still = (
+        released(stand, stand.block(patients, block, source)) for source in (SystemRandomness(), Noiseless())
+    )
+    parts = {name: values - still[name] for name, values in noisy.items()}
+    ok, finding = _as_charged(parts, block.noise_multiplier * float(step_weights(stand, 1)[0]))
+    return MechanismCheck(
+        id="noise-beside",
+        title="The noise is as large when patients take part",
+        module=module,
+        ok=ok,
+        finding=f"Released with {_FEW} patients, less what the same step releases without noise: {finding}",
+    )
+
+
+def _as_charged(parts: State, expected: float) -> tuple[bool, str]:
+    """Whether the values of every parameter have the standard deviation `expected`, and that in a sentence."""
     outside = []
     for name, values in parts.items():
         low, high = _spread_by_chance(values.numel(), _ALARM / len(parts))
@@ -85,14 +119,9 @@ def noise_scale(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     everything = flat(parts)
     low, high = _spread_by_chance(len(everything), _ALARM)
     whole = float(everything.square().mean().sqrt()) / expected
-    return MechanismCheck(
-        id="noise-scale",
-        title="The noise is as large as was charged",
-        module=module,
-        ok=not outside,
-        finding=f"{len(everything)} values released without patients have {whole:.4f} times the standard deviation of "
-        f"{block.noise_multiplier:g} clipping norms that was charged (chance alone gives {low:.3f} to {high:.3f})"
-        + (f"; {'; '.join(outside)}." if outside else "."),
+    return not outside, (
+        f"{len(everything)} values have {whole:.4f} times the standard deviation of {expected:g} clipping norms that was "
+        f"charged (chance alone gives {low:.3f} to {high:.3f})" + (f"; {'; '.join(outside)}." if outside else ".")
     )
 
 

@@ -21,6 +21,7 @@ from fedsynth_client.auditing.checks import (
     accountant_composes,
     clipping_binds,
     closed_list,
+    noise_beside_patients,
     noise_is_fresh,
     noise_scale,
     patient_counts_once,
@@ -112,6 +113,7 @@ def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
     """Every check of the mechanisms of `plan` at `site`, made on the code that a site runs."""
     of_module = (
         noise_scale,
+        noise_beside_patients,
         noise_is_fresh,
         clipping_binds,
         patient_counts_once,
