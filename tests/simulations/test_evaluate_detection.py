@@ -54,3 +54,11 @@ def test_the_spectrum_peaks_at_the_frequency_of_a_wave() -> None:
     spectrum = power_spectrum(np.broadcast_to(wave, (1, 1, 32, 32)))
     assert spectrum.shape == (1, 16)
     assert spectrum[0, 4:].argmax() + 4 == 8
+
+
+def test_an_area_of_1_claims_no_certainty(real: tuple[Volumes, Volumes]) -> None:
+    """However patients are drawn anew it stays 1, which says nothing of how sure that is."""
+    section = detection(Columns(volumes(60, 3, spoil=0.3), real[0]), real[1], np.random.default_rng(0))
+    perfect = [figure for figure in section.figures if figure.synthetic == 1.0]
+    assert perfect
+    assert all(figure.interval is None for figure in perfect)

@@ -352,7 +352,8 @@ def test_a_perfect_generator_serves_all_three_ways_and_every_figure_has_its_ceil
     for task in ("AUC, tumour-bearing slice", "Dice, tumour", "AUC, grade from images"):
         for way in ("", ", trained on real and synthetic together", ", trained on real and tested on synthetic"):
             figure = next(one for one in section.figures if one.metric == task + way)
-            assert figure.interval is not None and figure.interval[0] <= value(figure) <= figure.interval[1]
+            if value(figure) < 1:  # an area of 1 stays 1 whoever is drawn, and claims no certainty
+                assert figure.interval is not None and figure.interval[0] <= value(figure) <= figure.interval[1]
             assert value(figure) > real(figure) - 0.15, figure
             assert figure.floor is not None and value(figure) > figure.floor, figure
     assert [(one.by, one.name) for one in find(section, "Dice, tumour").groups] == [

@@ -63,7 +63,11 @@ def figure(
     note: str,
     interval: tuple[float, float] | None = None,
 ) -> Figure:
-    """A row of the report: numbers where there are any, None and the reason in the note where there are none."""
+    """A row of the report: numbers where there are any, None and the reason in the note where there are none.
+
+    An interval without width is left out: where all patients score alike, e.g. at an area of 1, drawing them anew has
+    nothing to vary and would claim certainty.
+    """
     reasons: dict[str, list[str]] = {}
     for field in fields(values):
         value = getattr(values, field.name)
@@ -72,12 +76,14 @@ def figure(
                 reasons.setdefault(str(value), []).append(field.name.replace("_", "-"))
         elif not np.isfinite(value):
             raise ValueError(f"{metric}, {field.name}: a metric returned {value} where it should have said why")
+    if isinstance(values.synthetic, NotMeasurable) or (interval is not None and interval[0] == interval[1]):
+        interval = None
     gaps = [f"Not measured ({', '.join(names)}): {reason}." for reason, names in reasons.items()]
     return Figure(
         metric=metric,
         better=better,
         synthetic=_number(values.synthetic),
-        interval=interval if not isinstance(values.synthetic, NotMeasurable) else None,
+        interval=interval,
         real=_number(values.real),
         floor=_number(values.floor),
         public_only=_number(values.public_only),
