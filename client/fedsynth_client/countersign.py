@@ -225,16 +225,33 @@ def _ledger_agrees(site: Site, plan: StudyPlan, statement: PrivacyStatement, sta
     spent = ledger.epsilon(delta, accountant, plan.digest)
     _check_spent("training", stated.epsilon, spent)
     evaluated = any(entry.kind == "charge" and _is_evaluation(entry, plan) for entry in entries)
+    words = ""
     if stated.holdout is not None or evaluated:
         held_out = ledger.epsilon(delta, accountant, plan.digest, population="holdout")
-        _check_spent("held-out", stated.holdout.epsilon if stated.holdout else 0.0, held_out)
+        words = _held_out_agree(plan, stated, held_out)
     if statement.private and not ledger.is_private(plan.digest):
         raise Refused(
             "ledger_disagrees", "The statement calls the study private; some noise of this site came from a seed."
         )
     return (
         f"This site spent epsilon {spent:.4f} of {plan.privacy.epsilon:g} at delta {delta:g}: its ledger says so; the "
-        f"statement quotes entry {place} of {len(entries)}."
+        f"statement quotes entry {place} of {len(entries)}.{words}"
+    )
+
+
+def _held_out_agree(plan: StudyPlan, stated: SiteStatement, spent: float) -> str:
+    """Compare what is stated of held-out patients with what they spent; returns what is to be said of it.
+
+    A coordinator that received no answer states nothing of them and asks once only, so an answer that was charged and lost
+    must not keep the site from signing for ever. Silence means at most the plan's budget (`fedsynth.statement`).
+    """
+    budget = plan.site_evaluation.epsilon if plan.site_evaluation else 0.0
+    if stated.holdout is not None or spent > budget + _TOLERANCE:
+        _check_spent("held-out", stated.holdout.epsilon if stated.holdout else 0.0, spent)
+        return ""
+    return (
+        f" Its held-out patients spent {spent:.4f} of {budget:g}, of which the statement says nothing: the coordinator "
+        "counted no answer of the evaluation. Ask why, if the site sent one."
     )
 
 

@@ -22,6 +22,7 @@ from fedsynth.plan import MODULES, SiteEvaluationPlan, StudyPlan
 from fedsynth.records import EVALUATORS, refusal, state_digest
 from fedsynth.statement import PrivacyStatement
 from fedsynth_client.app import app as client_app
+from fedsynth_client.countersign import _held_out_agree, _ledger_agrees
 from fedsynth_client.policy import save_policy
 from fedsynth_client.site import Site
 from fedsynth_server import rounds, site_evaluation
@@ -247,6 +248,21 @@ def test_a_broken_answer_leaves_its_site_out(folder: Path, plan: StudyPlan, code
     state = run_study(Spoiling(folder, edit), plan, folder / "study")
     assert state.finished(plan) and evaluated(folder).missing == {"b": code}
     assert privacy_statement(plan, state).private
+
+
+def test_a_site_whose_answer_was_lost_reads_what_it_spent_before_it_signs(folder: Path, plan: StudyPlan) -> None:
+    """It was charged and the coordinator never asks again: the site could not sign any release of the study otherwise."""
+    state = run_study(Spoiling(folder, BROKEN["budget_exceeded"]), plan, folder / "study")
+    stated = privacy_statement(plan, state)
+    site, of_b = Site(folder / "b"), next(each for each in stated.sites if each.name == "b")
+    spent = site.ledger().epsilon(plan.privacy.delta, "rdp", plan.digest, population="holdout")
+    assert "evaluation" in charges(folder, "b") and of_b.holdout is None and spent > 0
+    assert f"held-out patients spent {spent:.4f} of" in _ledger_agrees(site, plan, stated, of_b)
+    smaller = plan.model_copy(update={"site_evaluation": SiteEvaluationPlan(epsilon=spent / 2)})
+    with pytest.raises(Refused, match="held-out patients in this study"):  # more than silence may stand for
+        _held_out_agree(smaller, of_b, spent)
+    with pytest.raises(Refused, match="held-out patients in this study"):
+        _held_out_agree(plan, next(each for each in stated.sites if each.name == "a"), spent / 2)
 
 
 def test_a_coordinator_killed_before_the_answers_asks_again_with_the_same_evaluators(
