@@ -188,6 +188,10 @@ def test_a_cohort_that_lacks_a_feature_or_a_file_is_refused(tiny_plan: StudyPlan
     pd.read_parquet(path).drop(columns="volume").to_parquet(path)
     with pytest.raises(UsageError, match="cohort_unreadable"):
         evaluated_patients(tiny_plan, named_folders([f"a={sites / 'a'}"]))
+    image = next((sites / "b" / "cohort" / "patients").iterdir())
+    image.write_bytes(image.read_bytes()[:100])
+    with pytest.raises(UsageError, match="cohort_unreadable"):
+        evaluated_patients(tiny_plan, named_folders([f"b={sites / 'b'}"]))
     shutil.rmtree(sites / "b" / "cohort" / "patients")
     with pytest.raises(UsageError, match="cohort_unreadable"):
         evaluated_patients(tiny_plan, named_folders([f"b={sites / 'b'}"]))
@@ -198,6 +202,14 @@ def test_a_cohort_that_lacks_a_feature_or_a_file_is_refused(tiny_plan: StudyPlan
 def test_too_few_held_out_patients_are_refused(tiny_plan: StudyPlan, tiny_folder: Path) -> None:
     with pytest.raises(Refused, match="cohort_too_small"):
         evaluated_patients(tiny_plan, named_folders([f"a={tiny_folder / 'a'}"]))  # nobody is held out there
+
+
+def test_patients_whom_nobody_trained_on_are_not_attacked(
+    command: Callable[..., Any], release: Path, sites: Path, tmp_path: Path
+) -> None:
+    result = command("attacks", release, "--cohort", f"elsewhere={sites / 'a'}", "--out", tmp_path / "attacks.json")
+    assert isinstance(result.exception, UsageError) and result.exception.code == "cohort_not_of_study"
+    assert "elsewhere" in result.exception.message and not (tmp_path / "attacks.json").exists()
 
 
 def test_attacks_are_run_on_the_same_patients_and_written(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,10 @@ from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.outcome import ModuleOutcome, Outcome
 from fedsynth_server.release import candidate as candidate_module
 from fedsynth_server.release import make as make_module
+from fedsynth_server.release.facts import ReleaseFacts
 from fedsynth_server.release.manifest import files_of
 from fedsynth_server.release.preview import Example, ReferenceExamples
+from fedsynth_server.release.texts import readme
 from fedsynth_server.release.verify import verify
 
 Make = Callable[..., Path]
@@ -228,3 +230,13 @@ def test_an_outcome_that_leaves_modules_out_is_refused(make: Make, tmp_path: Pat
     short = Outcome(plan_digest=release_plan.digest, modules=[drowned("gan")])
     with pytest.raises(Refused, match="one entry for each module"):
         make(tmp_path / "out", outcome=short)
+
+
+def test_a_printed_guarantee_is_never_stronger_than_the_one_that_holds(
+    release_plan: StudyPlan, release_statement: PrivacyStatement
+) -> None:
+    sites = [site.model_copy(update={"epsilon": 7.9931}) for site in release_statement.sites]
+    released = datetime(2026, 11, 20, tzinfo=UTC)
+    facts = ReleaseFacts(release_plan, release_statement.model_copy(update={"sites": sites}), released)
+    assert "epsilon 8.00 at most at any site" in facts.guarantee
+    assert "| north | 8.00 |" in readme(facts, ["bids"], 3, "ab" * 32)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from fedsynth.errors import Refused, UsageError
 from fedsynth.evaluation.patients import Patients
 from fedsynth.files import read_json
@@ -97,5 +99,10 @@ def _load(plan: StudyPlan, name: str, folder: Path) -> Cohort:
         )
     try:
         return load_cohort(folder, plan.morphology.features)
-    except (OSError, ValueError, KeyError):  # a file that is missing or damaged, or a feature that was not measured
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+    ):  # a file that is missing or damaged, or a feature that was not measured
         raise unreadable from None

@@ -111,7 +111,7 @@ def attack(asked: Asked, transcript: Path | None = None) -> None:
     _require_new(asked.out)
     if transcript is not None and not transcript.is_dir():
         raise UsageError("transcript_missing", f"There is no folder {transcript}.")
-    synthetic, real = _read(asked)
+    synthetic, real = _read(asked, of_the_study=True)
     started = time.monotonic()
     found = attack_release(
         synthetic.plan,
@@ -158,11 +158,23 @@ def audit_mechanisms(plan_path: Path, out: Path, as_json: bool) -> None:
         envelope({"file": str(out), "audit": found.model_dump(mode="json")})
 
 
-def _read(asked: Asked) -> tuple[ReleasedPatients, Evaluated]:
-    """What is cheap to refuse is refused before anything is computed."""
+def _read(asked: Asked, of_the_study: bool = False) -> tuple[ReleasedPatients, Evaluated]:
+    """What is cheap to refuse is refused before anything is computed.
+
+    Args:
+        of_the_study: the cohorts must be those of sites that the release's plan names. On anybody else nobody trained, and
+            an attack that guesses their membership finds nothing, whatever the model remembers of its own patients.
+    """
     folders = named_folders(asked.cohorts)
     say("Reading the release")
     synthetic = read_release(asked.release)
+    sites = [site.name for site in synthetic.plan.sites]
+    if of_the_study and (strangers := sorted(folders.keys() - set(sites))):
+        raise UsageError(
+            "cohort_not_of_study",
+            f"--cohort {', '.join(strangers)}: the release's plan has no such site, so nobody trained on its patients.",
+            f"Name the cohorts of its sites as the plan does: {', '.join(sites)}.",
+        )
     say(f"Reading {len(folders)} cohort{'s' if len(folders) > 1 else ''}")
     return synthetic, evaluated_patients(synthetic.plan, folders)
 

@@ -10,6 +10,7 @@ from fedsynth import __version__
 from fedsynth.errors import UsageError
 from fedsynth.plan import StudyPlan
 from fedsynth.statement import PrivacyStatement
+from fedsynth_server.release.wording import epsilon
 
 SOFTWARE = "fedsynth"
 MODEL = "conditional GAN"
@@ -102,7 +103,7 @@ class ReleaseFacts:
             return NO_GUARANTEE
         spent = max((site.epsilon for site in self.statement.sites), default=0.0)
         return (
-            f"Generator trained with differential privacy at patient level: epsilon {spent:.3g} at most at any site "
+            f"Generator trained with differential privacy at patient level: epsilon {epsilon(spent)} at most at any site "
             f"(budget {self.statement.epsilon_budget:.3g}), delta {self.statement.delta:.1e}."
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from fedsynth_server.release.facts import NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, ReleaseFacts
 from fedsynth_server.release.geometry import STORED_MAXIMUM
+from fedsynth_server.release.wording import epsilon
 
 _PLACES = {
     "bids": f"""
@@ -74,7 +75,9 @@ which is what `openssl pkey -pubin -in release.pub.pem -outform DER | sha256sum`
 
 def _privacy(facts: ReleaseFacts) -> str:
     statement = facts.statement
-    spent = "\n".join(f"| {site.name} | {site.epsilon:.3g} | {site.epsilon_lifetime:.3g} |" for site in statement.sites)
+    spent = "\n".join(
+        f"| {site.name} | {epsilon(site.epsilon)} | {epsilon(site.epsilon_lifetime)} |" for site in statement.sites
+    )
     not_covered = "\n".join(f"- {item}" for item in statement.not_covered)
     return f"""## Privacy
 
