@@ -141,6 +141,10 @@ def test_a_person_on_both_sides_of_the_split_does_not_hide_copies() -> None:
     found = gene_copies(training, held_out, made, names)
     assert found.participants == names[:5]
     assert "Left out: 3 held-out patients" in found.how
+    # Nor does a copy of that person pass for chance, being as like a held-out patient.
+    made[5] = held_out[0]
+    both = gene_copies(training, held_out, made, names)
+    assert (both.found, both.found_holdout) == (6, 0)
     assert "Left out" not in gene_copies(training, held_out[3:], made, names).how
 
 
@@ -148,3 +152,12 @@ def test_an_exact_copy_is_one_even_where_everybody_is_on_both_sides() -> None:
     rng = np.random.default_rng(12)
     training = rng.normal(size=(40, 50)).astype(np.float32)
     assert gene_copies(training, training.copy(), training[:20], NAMES[:20]).found == 20
+
+
+def test_images_of_a_person_on_both_sides_are_copies_and_no_chance(
+    training: list[Volume], held_out: list[Volume]
+) -> None:
+    broken = [training[0], *held_out[1:]]
+    check = image_copies(stack(training), stack(broken), broken, [training[0], training[1]], NAMES[:2])
+    assert (check.found, check.found_holdout) == (2, 0)
+    assert "Left out: 1 held-out patients" in check.how
