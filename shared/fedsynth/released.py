@@ -1,8 +1,8 @@
 """A release read back: the synthetic patients as they were drawn, one at a time.
 
 What a recipient has is a folder with ``plan.toml``, three tables and a BIDS tree (`fedsynth_server.release` writes them).
-Labels, genes, morphology and masks come back to the last bit, so `fedsynth.synthetic.subject_digest` is the same as
-before the release; intensities come back as they were stored, in steps of 0.001.
+Labels, genes, morphology and masks come back to the last bit, intensities as they were stored, in steps of 0.001;
+`fedsynth.synthetic.subject_digest` is the same as before the release.
 
 Where the folder lists its files (``SHA256SUMS``, or ``CONTENT.SHA256SUMS`` in a release's candidate), every file is compared
 with the list before it is used. That shows damage, not who made the release: for the signature there is ``fedsynth release
@@ -33,9 +33,8 @@ from fedsynth.errors import Refused, UsageError
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.sequences import mr_sequences
 from fedsynth.sums import CONTENT, SUMS, read_sums
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import STORED_MAXIMUM, SyntheticPatient
 
-STORED_MAXIMUM = 1000
 _PARTICIPANTS, _MORPHOLOGY, _EXPRESSION = "participants.tsv", "morphology.tsv", "genes/expression.tsv"
 _KEY = "participant_id"
 _PARTICIPANT_ID = re.compile(r"[A-Za-z0-9]{1,32}")

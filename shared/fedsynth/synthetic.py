@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# A release keeps intensities as whole numbers up to this.
+STORED_MAXIMUM = 1000
+
 
 @dataclass(frozen=True)
 class SyntheticPatient:
@@ -31,15 +34,27 @@ class SyntheticPatient:
     mask: NDArray[np.uint8]
 
 
-def subject_digest(patients: Iterable[SyntheticPatient]) -> str:
-    """SHA-256 (hex) of which patients these are, in their order: ids, labels, genes, morphology and masks.
+def to_stored(image: NDArray[np.floating]) -> NDArray[np.uint16]:
+    """Intensities in [0, 1] (clipped) as integers 0..`STORED_MAXIMUM`; what is read back and stored again is the same."""
+    return np.rint(np.clip(image, 0.0, 1.0) * STORED_MAXIMUM).astype(np.uint16)
 
-    The parts are those that a release keeps to the last bit, so it is the same for patients in memory and for those that
-    are read back from a release; it ties what was found out about synthetic patients to a release of these very ones.
+
+def subject_digest(patients: Iterable[SyntheticPatient]) -> str:
+    """SHA-256 (hex) of which patients these are, in their order: ids, labels, genes, morphology, images, masks.
+
+    Intensities count as a release stores them, and all else to the last bit, so it is the same for patients in memory and
+    for those that are read back from a release; it ties what was found out about synthetic patients to a release of these
+    very ones.
     """
     digest = hashlib.sha256()
     for patient in patients:
         digest.update(f"{patient.participant_id}\n{patient.label}\n".encode())
-        for values, kind in ((patient.genes, "<f4"), (patient.morphology, "<f4"), (patient.mask > 0, "u1")):
+        parts = (
+            (patient.genes, "<f4"),
+            (patient.morphology, "<f4"),
+            (to_stored(patient.images), "<u2"),
+            (patient.mask > 0, "u1"),
+        )
+        for values, kind in parts:
             digest.update(f"{values.shape}\n".encode() + np.ascontiguousarray(values, dtype=kind).tobytes())
     return digest.hexdigest()

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from pydicom import Dataset, dcmread
 
 from fedsynth.plan import ImagePlan, StudyPlan
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import SyntheticPatient, to_stored
 from fedsynth_server.release.dicom import MR_ATTRIBUTES, save_dataset
-from fedsynth_server.release.geometry import Grid, to_ras, to_stored
+from fedsynth_server.release.geometry import Grid, to_ras
 
 BIDS_VALIDATOR = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent)) or shutil.which(
     "bids-validator-deno"

@@ -55,6 +55,8 @@ def unlisted(folder: Path) -> Path:
 def test_what_is_read_is_what_was_written(made: Path, release_patients: list[SyntheticPatient]) -> None:
     read = read_release(made)
     assert subject_digest(read) == subject_digest(release_patients)
+    brighter = replace(release_patients[0], images=release_patients[0].images * np.float32(0.9))
+    assert subject_digest([brighter, *release_patients[1:]]) != subject_digest(release_patients)
     for was, now in zip(release_patients, read, strict=True):
         assert (now.participant_id, now.label) == (was.participant_id, was.label)
         np.testing.assert_array_equal(now.genes, was.genes)

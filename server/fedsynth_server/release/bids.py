@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from fedsynth import __version__
 from fedsynth.sequences import MrSequence, mr_sequences
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import STORED_MAXIMUM, SyntheticPatient, to_stored
 from fedsynth_server.release.facts import MODEL, NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, SOFTWARE, ReleaseFacts
-from fedsynth_server.release.geometry import STORED_MAXIMUM, Grid, to_ras, to_stored
+from fedsynth_server.release.geometry import Grid, to_ras
 from fedsynth_server.release.jsonfile import dump
 from fedsynth_server.release.patients import Row
 from fedsynth_server.release.tables import Column, expression_columns, label_column, morphology_columns, write_tsv

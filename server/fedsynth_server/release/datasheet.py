@@ -14,11 +14,11 @@ from fedsynth.auditing.values import Audit
 from fedsynth.evaluation.site_values import SiteEvaluation
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.judging import SEES
+from fedsynth.synthetic import STORED_MAXIMUM
 from fedsynth_server.outcome import Outcome
 from fedsynth_server.release import report_wording, wording
 from fedsynth_server.release.decision import GateDecision
 from fedsynth_server.release.facts import NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, ReleaseFacts
-from fedsynth_server.release.geometry import STORED_MAXIMUM
 
 Answers = list[tuple[str, str]]
 

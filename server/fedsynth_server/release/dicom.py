@@ -23,9 +23,9 @@ from pydicom.valuerep import DSfloat
 
 from fedsynth import __version__
 from fedsynth.sequences import MrSequence, mr_sequences
-from fedsynth.synthetic import SyntheticPatient
+from fedsynth.synthetic import STORED_MAXIMUM, SyntheticPatient, to_stored
 from fedsynth_server.release.facts import MODEL, NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, SOFTWARE, ReleaseFacts
-from fedsynth_server.release.geometry import IMAGE_ORIENTATION_PATIENT, STORED_MAXIMUM, Grid, to_stored
+from fedsynth_server.release.geometry import IMAGE_ORIENTATION_PATIENT, Grid
 from fedsynth_server.release.patients import patient_key
 
 SEGMENTATION_FOLDER = "SEG"

@@ -20,7 +20,6 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 IMAGE_ORIENTATION_PATIENT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 # Intensities [0, 1] are stored as integers 0..1000 in NIfTI and DICOM alike, so that both hold the same numbers.
-STORED_MAXIMUM = 1000
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,3 @@ def _first(n: int, spacing: float) -> float:
 def to_ras(volume: NDArray[Scalar]) -> NDArray[Scalar]:
     """Turn an LPS volume (S, H, W) into NIfTI's order (W, H, S) with axes to right, anterior, superior."""
     return np.ascontiguousarray(volume[:, ::-1, ::-1].transpose(2, 1, 0))
-
-
-def to_stored(image: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """Intensities in [0, 1] (clipped) as integers 0..`STORED_MAXIMUM`."""
-    return np.rint(np.clip(image, 0.0, 1.0) * STORED_MAXIMUM).astype(np.uint16)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from fedsynth.synthetic import STORED_MAXIMUM
 from fedsynth_server.release.facts import NOT_A_PATIENT, NOT_FOR_DIAGNOSIS, ReleaseFacts
-from fedsynth_server.release.geometry import STORED_MAXIMUM
 from fedsynth_server.release.wording import epsilon
 
 _PLACES = {
