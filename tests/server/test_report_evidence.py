@@ -309,7 +309,6 @@ def evaluation(**changes: Any) -> Evaluation:
                     ),
                     Figure(metric="Sharpness of edges", better="none", synthetic=0.21, interval=(0.2, 0.22), real=0.31),
                 ],
-                seconds=21.4,
             ),
             Section(
                 id="utility",

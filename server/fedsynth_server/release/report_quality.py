@@ -79,7 +79,6 @@ class SectionView:
     has_public_only: bool
     has_parts: bool
     extractors: list[str]
-    seconds: str
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def quality(evaluation: Evaluation) -> list[SectionView]:
             has_public_only=any(figure.public_only is not None for figure in section.figures),
             has_parts=any(figure.groups for figure in section.figures),
             extractors=sorted({figure.extractor for figure in section.figures if figure.extractor}),
-            seconds="" if section.seconds is None else wording.number(section.seconds, 2),
         )
         for section in evaluation.sections
     ]

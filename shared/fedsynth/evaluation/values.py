@@ -90,7 +90,6 @@ class Section(_Value):
     explanation: str
     figures: list[Figure]
     curves: list[Curve] = []
-    seconds: float | None = None
 
 
 class Evaluation(_Value):
