@@ -414,6 +414,7 @@ def test_quality_is_read_against_floor_ceiling_and_public_only(tmp_path: Path) -
     assert "38.2 (34.9 to 41.8)" in page.text
     # Placed: all but the unmeasured one, the one without a ceiling, and the one whose ceiling is below its floor.
     assert "Of 7 measures that have a floor and a ceiling, 4 lie at least half-way" in page.text
+    assert "surely better than what public weights give without any private patient" in page.text  # on the first page
 
 
 def test_release_without_evaluation_or_curves_says_so(tmp_path: Path) -> None:
