@@ -176,8 +176,8 @@ def test_the_search_finds_what_was_planted_where_it_belongs(watched: Watched, se
 def test_no_message_holds_anything_of_a_patient(watched: Watched, secrets: dict[str, list[bytes]], kind: str) -> None:
     messages = [("to coordinator", data) for _, data in watched.to_coordinator]
     messages += [("to site", data) for data in watched.to_sites]
-    modules = load_plan(watched.out / "study" / "plan.toml").modules
-    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(modules))
+    activities = load_plan(watched.out / "study" / "plan.toml").activities
+    assert len(watched.to_coordinator) == len(watched.to_sites) == len(SITES) * (1 + len(activities))
     assert found(iter(messages), secrets[kind]) == {}
 
 
