@@ -132,7 +132,7 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
     patients = read_release(candidate)
     subject = subject_digest(patients)
     limits = load_limits(candidate / LIMITS)
-    own, words = _own_attacks(limits, plan, statement, subject, attacks)
+    own, words = _own_attacks(limits, plan, statement, subject, policy.site, attacks)
     signed = Statement(
         site=policy.site,
         plan_digest=plan.digest,
@@ -270,7 +270,7 @@ def _check_spent(people: str, stated: float, spent: float) -> None:
 
 
 def _own_attacks(
-    limits: Limits, plan: StudyPlan, statement: PrivacyStatement, subject: str, path: Path | None
+    limits: Limits, plan: StudyPlan, statement: PrivacyStatement, subject: str, name: str, path: Path | None
 ) -> tuple[OwnAttacks | None, str]:
     """What is stated of the site's own attacks, and in words what they found, which is for the site's staff alone."""
     if path is None:
@@ -286,6 +286,12 @@ def _own_attacks(
             "attacks_of_others",
             "The attacks were run with other synthetic patients than those of this candidate.",
             "Run fedsynth evaluate attacks on this candidate.",
+        )
+    if attacks.sites != [name]:
+        raise Refused(
+            "attacks_on_others",
+            f"The attacks were run on patients of {', '.join(attacks.sites)}, and this site speaks for its own ({name}).",
+            f"Run fedsynth evaluate attacks on this candidate with --cohort {name}=SITE alone.",
         )
     views = [view for view in VIEWS if any(attack.view == view for attack in attacks.membership)]
     claimed = {site.name: site.epsilon for site in statement.sites}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedsynth.attacks.values import Attacks, CopyCheck, MembershipAttack, OperatingPoint, View
+from fedsynth.attacks.values import RELEASE_ATTACKS, Attacks, CopyCheck, MembershipAttack, OperatingPoint, View
 from fedsynth.limits import VIEWS, Limits
 
 Status = Literal["ok", "failed", "not asked"]
@@ -55,6 +55,8 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
             f"{asked.least_patients} of each.",
             _TRY_REMEDY,
         )
+    if view == "release" and (untried := _untried(tried)):
+        return Judgement("failed", f"Nobody tried {', '.join(untried)} on {SEES[view]}.", _TRY_REMEDY)
     faults = [fault for attack in tried for fault in _faults(attack, limits)]
     refuting = [fault for attack in tried for fault in _refuting(attack, claimed)]
     if faults or refuting:
@@ -85,6 +87,11 @@ _REFUTED_REMEDY = (
     "Do not release: the epsilon of the privacy statement is wrong. Find out whether noise, clipping, sampling or "
     "accounting is not what the plan says, and train anew; what was spent stays in the ledgers."
 )
+
+
+def _untried(tried: Sequence[MembershipAttack]) -> list[str]:
+    """The ways to attack a release that are missing: one that finds nothing speaks for itself alone."""
+    return [name for name in RELEASE_ATTACKS if not any(attack.id.startswith(name) for attack in tried)]
 
 
 def _limit(area: float) -> str:

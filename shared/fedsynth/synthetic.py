@@ -52,7 +52,7 @@ def subject_digest(patients: Iterable[SyntheticPatient]) -> str:
         parts = (
             (patient.genes, "<f4"),
             (patient.morphology, "<f4"),
-            (to_stored(patient.images), "<u2"),
+            (to_stored(np.nan_to_num(patient.images)), "<u2"),  # no release holds other than numbers
             (patient.mask > 0, "u1"),
         )
         for values, kind in parts:

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedsynth.attacks.values import (
+    RELEASE_ATTACKS,
     Attacks,
     AttributeAttack,
     CopyCheck,
@@ -149,11 +150,12 @@ def attack_report(study: Study, path: Path, views: tuple[View, ...] = ("release"
         plan_digest=study.plan.digest,
         subject=subject_digest(read_release(study.candidate)),
         data=f"patients of one site ({NOT_PUBLIC})",
+        sites=["a"],
         n_synthetic=3,
         membership=[
             MembershipAttack(
-                id="nearest-neighbour",
-                title="Nearest neighbour",
+                id=f"{name}-images",
+                title=name,
                 view=view,
                 knows="the patient",
                 source="a paper",
@@ -170,6 +172,7 @@ def attack_report(study: Study, path: Path, views: tuple[View, ...] = ("release"
                 epsilon_bound=0.0,
             )
             for view in views
+            for name in RELEASE_ATTACKS
         ],
         attributes=[
             AttributeAttack(
@@ -217,7 +220,7 @@ def finish(study: Study, *signed: Path) -> Path:
 
 
 def signed_by(study: Study, name: str, attacks: bool = True) -> Path:
-    report = attack_report(study, study.folder / f"attacks-{name}.json")
+    report = attack_report(study, study.folder / f"attacks-{name}.json", sites=[name])
     out = study.folder / f"{name}.countersignature"
     given = ["--attacks", report] if attacks else []
     run("countersign", study.site(name).folder, study.candidate, "--out", out, "--yes", *given, app=site_app)
@@ -414,6 +417,13 @@ def test_a_release_that_leaves_the_site_out_is_not_signed(study: Study) -> None:
     with pytest.raises(Refused) as refusal:
         prepare(study.site("a"), study.candidate, None)
     assert refusal.value.code == "site_not_in_candidate"
+
+
+def test_a_site_speaks_for_its_own_patients_alone(study: Study) -> None:
+    report = attack_report(study, study.folder / "own.json", sites=["b"])
+    with pytest.raises(Refused, match="run on patients of b") as refusal:
+        prepare(study.site("a"), study.candidate, report)
+    assert refusal.value.code == "attacks_on_others"
 
 
 def test_attacks_on_something_else_are_not_signed(study: Study) -> None:

@@ -261,6 +261,7 @@ def attacks(plan: StudyPlan, subject: str, data: str) -> Attacks:
         plan_digest=plan.digest,
         subject=subject,
         data=data,
+        sites=["a"],
         n_synthetic=6,
         membership=[attack],
         attributes=[],

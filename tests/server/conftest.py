@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedsynth.attacks.values import (
+    RELEASE_ATTACKS,
     Attacks,
     AttributeAttack,
     CopyCheck,
@@ -235,7 +236,12 @@ def release_attacks(release_plan: StudyPlan, release_patients: list[SyntheticPat
         subject=subject_digest(release_patients),
         data="simulated patients",
         n_synthetic=len(release_patients),
-        membership=[membership("release"), membership("coordinator")],
+        sites=[site.name for site in release_plan.sites],
+        membership=[
+            membership("release"),
+            membership("coordinator", id="matched-filter-moments", title="Matched filter"),
+            *(membership("release", id=f"{name}-images", title=name) for name in RELEASE_ATTACKS[1:]),
+        ],
         attributes=[
             AttributeAttack(
                 id="genes-from-image",

@@ -212,6 +212,19 @@ def test_what_the_coordinator_saw_is_held_against_epsilon_and_against_a_limit_wh
     assert not refused(quick, tmp_path / "proving", attacks=proving)["membership-coordinator"].overridable
 
 
+def test_attacks_that_spare_a_site_or_leave_a_way_untried_are_refused(
+    quick: Make, tmp_path: Path, release_attacks: Attacks
+) -> None:
+    spared = release_attacks.model_copy(update={"sites": release_attacks.sites[:1]})
+    failed = refused(quick, tmp_path / "spared", attacks=spared)
+    assert f"Patients of {', '.join(release_attacks.sites[1:])} were trained on" in failed["membership-release"].finding
+    assert {"membership-coordinator", "attributes", "copies"} <= set(failed)
+    kept = [attack for attack in release_attacks.membership if not attack.id.startswith("density-ratio")]
+    failed = refused(quick, tmp_path / "few", attacks=release_attacks.model_copy(update={"membership": kept}))
+    assert list(failed) == ["membership-release"]
+    assert "Nobody tried density-ratio on the release" in failed["membership-release"].finding
+
+
 def test_an_interval_that_reaches_over_the_limit_is_luck(quick: Make, tmp_path: Path, release_attacks: Attacks) -> None:
     lucky = with_membership(release_attacks, 0, area=Rate(value=0.62, low=0.549, high=0.69))
     assert verify(quick(tmp_path / "out", attacks=lucky)).ok

@@ -79,6 +79,7 @@ def attacks(of: StudyPlan, **changes: Any) -> Attacks:
         "plan_digest": of.digest,
         "subject": SUBJECT,
         "data": "simulated patients",
+        "sites": ["north", "south"],
         "n_synthetic": 150,
         "membership": [
             membership(),

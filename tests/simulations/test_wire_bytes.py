@@ -23,12 +23,13 @@ from flwr.common.serde import recorddict_from_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from fedsynth.evaluation.values import Evaluation
-from fedsynth.plan import TRAINED, Module, Section, StudyPlan, load_plan
+from fedsynth.plan import TRAINED, Activity, Section, StudyPlan, load_plan
 from fedsynth.records import PROGRESS, PUBLIC, RECEIPT, WEIGHTS, State
 from fedsynth.synthetic import subject_digest
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import first_state
 from fedsynth_server.fitting.fit import statistic_template
+from fedsynth_server.site_evaluation import evaluation_template
 from fedsynth_simulations import study
 from fedsynth_simulations.plans import study_plan
 from fedsynth_simulations.study import Settings, run
@@ -191,15 +192,17 @@ def test_neither_the_coordinator_nor_the_release_holds_anything_of_a_patient(
     assert found(files_below(watched.out / "study", watched.out / "release"), secrets[kind]) == {}
 
 
-def expected(plan: StudyPlan, module: Module) -> State:
-    """What a site may send of a module, by name and shape."""
+def expected(plan: StudyPlan, module: Activity) -> State:
+    """What a site may send of a module or an evaluation, by name and shape."""
+    if module == "evaluation":
+        return evaluation_template()
     return statistic_template(plan, module) if module in PUBLIC else first_state(plan, None).weights[WEIGHTS[module]]
 
 
 @pytest.mark.slow
 def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched) -> None:
     plan = load_plan(watched.out / "study" / "plan.toml")
-    seen: dict[str, int] = dict.fromkeys(["site", *plan.modules], 0)
+    seen: dict[str, int] = dict.fromkeys(["site", *plan.activities], 0)
     for _, data in watched.to_coordinator:
         content: RecordDict = recorddict_from_proto(RecordDictProto.FromString(data))
         if set(content) == {"site"}:
@@ -207,7 +210,7 @@ def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched
             assert content.config_records["site"]["name"] in SITES
             seen["site"] += 1
             continue
-        (module,) = [each for each in plan.modules if set(content) == {WEIGHTS[each], "progress", "receipt"}]
+        (module,) = [each for each in plan.activities if set(content) == {WEIGHTS[each], "progress", "receipt"}]
         arrays = content.array_records[WEIGHTS[module]]
         assert {name: tuple(array.shape) for name, array in arrays.items()} == {
             name: tuple(tensor.shape) for name, tensor in expected(plan, module).items()
@@ -215,14 +218,14 @@ def test_every_message_to_the_coordinator_is_of_the_closed_list(watched: Watched
         assert set(content.metric_records["progress"]) == PROGRESS[module]
         assert set(content.config_records["receipt"]) == RECEIPT
         seen[module] += 1
-    assert seen == dict.fromkeys(["site", *plan.modules], len(SITES))
+    assert seen == dict.fromkeys(["site", *plan.activities], len(SITES))
 
 
 @pytest.mark.slow
 def test_a_message_is_no_larger_than_what_the_site_logged(watched: Watched) -> None:
     for site in SITES:
         sent = [e.body for e in Site(watched.out / "sites" / site).ledger().entries() if e.kind == "sent"]
-        assert [entry["module"] for entry in sent] == list(load_plan(watched.out / "study" / "plan.toml").modules)
+        assert [entry["module"] for entry in sent] == list(load_plan(watched.out / "study" / "plan.toml").activities)
         assert all(entry["to"].startswith("node ") for entry in sent)
 
 
@@ -236,9 +239,10 @@ def test_exact_counts_are_in_no_receipt_and_no_number_of_a_reply(watched: Watche
             continue
         site = Site(watched.out / "sites" / SITES[node - 1])
         manifest = json.loads((site.cohort_path / "manifest.json").read_text())
-        counts = {len(manifest["patients"]), sum(row["split"] == "train" for row in manifest["patients"])}
+        splits = [row["split"] for row in manifest["patients"]]
+        counts = {len(splits), splits.count("train"), splits.count("holdout")}
         receipt = content.config_records["receipt"]
-        assert receipt["steps"] in {plan.training(module).steps for module in plan.modules}
+        assert receipt["steps"] in {1, *(plan.training(module).steps for module in plan.modules)}
         assert not counts & set(content.metric_records["progress"].values())
         assert not counts & {receipt["epsilon"], receipt["epsilon_lifetime"]}
 

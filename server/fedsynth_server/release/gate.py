@@ -282,6 +282,16 @@ def _attacked(
     if not asked:
         return _check(id_, title, Judgement("not asked", f"The limits do not ask for it: {reason}"))
     if attacks is not None and attacks.subject == subject and attacks.plan_digest == signed.plan_digest:
+        if spared := [site for site in signed.contributing if site not in attacks.sites]:
+            return _check(
+                id_,
+                title,
+                Judgement(
+                    "failed",
+                    f"Patients of {', '.join(spared)} were trained on, and the attacks given spared them.",
+                    "Run `fedsynth evaluate attacks` with a --cohort of each contributing site.",
+                ),
+            )
         return _check(id_, title, judge(attacks))
     silent = [site for site in signed.contributing if not signed.attacked(site, covered)]
     if not silent:

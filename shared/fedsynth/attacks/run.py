@@ -146,6 +146,7 @@ def attack_release(
         plan_digest=plan.digest,
         subject=subject,
         data=data,
+        sites=list(train.site_names),
         n_synthetic=len(synthetic),
         membership=membership,
         attributes=done(_attribute_attacks(plan, sides, draws[4]), not_done),

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 View = Literal["release", "coordinator"]
 
+# Ways to tell from a release who was trained on; ids of attacks begin with them.
+RELEASE_ATTACKS = ("nearest-neighbour", "monte-carlo", "calibrated", "density-ratio")
+
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -137,12 +140,14 @@ class Attacks(_Value):
     Attributes:
         subject: which synthetic patients were attacked with (`fedsynth.synthetic.subject_digest`).
         data: what the real patients are, for the reader.
+        sites: whose patients were the members and the others.
     """
 
     schema_version: Literal[1] = 1
     plan_digest: str
     subject: str
     data: str
+    sites: list[str]
     n_synthetic: int
     membership: list[MembershipAttack]
     attributes: list[AttributeAttack]

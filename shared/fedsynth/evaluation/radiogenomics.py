@@ -145,6 +145,10 @@ def _errors(who: str, predicted: Columns[Values], test: _Test, note: str, rng: n
     everything = np.arange(len(test.names))
     absolute = predicted.map(scored(_absolute, everything))
     relative = predicted.map(scored(mean_absolute_percentage_error, everything))
+    explained = predicted.map(scored(_explained, everything))
+    if not isinstance(explained.floor, NotMeasurable):
+        # Its own zero, not that of the middle of the range: far below 0, it would call anything a success.
+        explained = replace(explained, floor=Tested(lambda rows: 0.0, len(truth)))
     return [
         tested_figure(
             f"MAE of morphology, {who} (share of the public range)",
@@ -171,9 +175,9 @@ def _errors(who: str, predicted: Columns[Values], test: _Test, note: str, rng: n
         tested_figure(
             f"R² of morphology, {who}",
             "higher",
-            predicted.map(scored(_explained, everything)),
-            "Share of the variance explained, mean over features; negative is worse than always answering with the "
-            f"mean of the tested patients. {note}",
+            explained,
+            "Share of the variance explained, mean over features. Floor: 0, always answering with the mean of the tested "
+            f"patients; below that an answer is worse. {note}",
             rng,
         ),
     ]
