@@ -11,6 +11,7 @@ import pytest
 from federation import STUDY, Federation
 
 from fedsynth.budget import planned_epsilon
+from fedsynth.limits import AttributeLimits, CopyLimits, Limits, MembershipLimits, limits_toml
 from fedsynth.plan import StudyPlan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
@@ -122,8 +123,20 @@ def test_a_deployment_does_what_the_simulation_does(finished: Federation, simula
 
 def test_a_release_of_it_verifies(finished: Federation, tmp_path: Path) -> None:
     key, out = tmp_path / "release.pem", tmp_path / "release"
+    audit, limits = tmp_path / "audit.json", tmp_path / "limits.toml"
     finished.type("release", "keygen", key)
-    finished.type("release", "make", finished.folder(STUDY), "--out", out, "--key", key, "--patients", "3")
+    finished.type("evaluate", "audit", finished.folder(STUDY) / "plan.toml", "--out", audit)
+    # A deployed coordinator has no real patients; here the sites have not said anything either.
+    reason = "The patients are made up, so nobody attacked anything."
+    asks_for_nothing = Limits(
+        reason=reason,
+        membership=MembershipLimits(views=[]),
+        attributes=AttributeLimits(asked=False),
+        copies=CopyLimits(asked=False),
+    )
+    limits.write_text(limits_toml(asks_for_nothing), encoding="utf-8")
+    given = ("--key", key, "--patients", "3", "--audit", audit, "--limits", limits)
+    finished.type("release", "make", finished.folder(STUDY), "--out", out, *given)
     verified = finished.command("release", "verify", out, "--key", out / "release.pub.pem")
     assert verified.returncode == 0, verified.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,18 @@ def release_key(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_code() -> Iterator[None]:
+@contextmanager
+def one_code() -> Iterator[None]:
     """Sources that are edited while the tests run must not make the audit stale."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("make", "gate"):
             patch.setattr(f"fedsynth_server.release.{module}.code_digest", lambda: CODE)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_code() -> Iterator[None]:
+    with one_code():
         yield
 
 
@@ -297,4 +304,5 @@ def make(
 @pytest.fixture(scope="session")
 def made(make: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A release; not to be changed."""
-    return make(tmp_path_factory.mktemp("releases") / "made")
+    with one_code():
+        return make(tmp_path_factory.mktemp("releases") / "made")
