@@ -22,21 +22,25 @@ from fedsynth_server.release.tables import Column, expression_columns, label_col
 
 BIDS_VERSION = "1.11.1"
 MASKS = "derivatives/seg"
+# Without these it is no BIDS dataset with the tables that a release promises.
+REQUIRED = (
+    "dataset_description.json",
+    "participants.json",
+    "participants.tsv",
+    "phenotype/expression.json",
+    "phenotype/expression.tsv",
+    "phenotype/morphology.json",
+    "phenotype/morphology.tsv",
+    f"{MASKS}/dataset_description.json",
+)
 # What the tree holds beside images, masks and their sidecars; `verify` refuses any other.
 DATASET_FILES = frozenset(
     {
         "CHANGES",
         "README.md",
-        "dataset_description.json",
+        *REQUIRED,
         "genetic_info.json",
-        "participants.json",
-        "participants.tsv",
-        "phenotype/expression.json",
-        "phenotype/expression.tsv",
-        "phenotype/morphology.json",
-        "phenotype/morphology.tsv",
         f"{MASKS}/README.md",
-        f"{MASKS}/dataset_description.json",
     }
 )
 # All free text of a NIfTI header; `verify` refuses any other.

@@ -12,7 +12,7 @@ from fedsynth.countersignature import EVIDENCE, FOLDER
 from fedsynth.plan import PrivacyPlan, StudyPlan
 from fedsynth.statement import SiteStatement
 from fedsynth.sums import CONTENT, content_faults, files_of, is_content
-from fedsynth_server.release.bids import MASKS
+from fedsynth_server.release.bids import REQUIRED as REQUIRED_OF_BIDS
 from fedsynth_server.release.facts import NO_GUARANTEE
 from fedsynth_server.release.imagery import file_faults, geometry_faults, identifier_faults, synthetic_faults
 from fedsynth_server.release.opened import Release, read_tsv
@@ -34,16 +34,6 @@ REQUIRED = (
     MORPHOLOGY,
     EXPRESSION,
     EXPRESSION_PARQUET,
-)
-REQUIRED_OF_BIDS = (
-    "dataset_description.json",
-    "participants.json",
-    "participants.tsv",
-    "phenotype/expression.json",
-    "phenotype/expression.tsv",
-    "phenotype/morphology.json",
-    "phenotype/morphology.tsv",
-    f"{MASKS}/dataset_description.json",
 )
 # Since there is a gate; releases of earlier versions lack them.
 REQUIRED_OF_GATE = (CONTENT, "gate.json", "limits.toml")
