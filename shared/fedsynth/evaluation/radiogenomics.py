@@ -31,6 +31,7 @@ from fedsynth.synthetic import SyntheticPatient
 MIN_TEST_PATIENTS = 8
 MAX_MEASURED = 200
 PERMUTATIONS = 20
+_MIDDLE = "Floor: the middle of the public range."
 
 Values = NDArray[np.floating]
 Predictor = Callable[[NDArray[np.float32]], NDArray[np.floating]]
@@ -81,14 +82,14 @@ def radiogenomics(
                 "released DNN",
                 released,
                 test,
-                "'real' is ridge regression on the real training pairs; floor: the middle of the public range.",
+                "'real' is ridge regression on the real training pairs.",
                 rng,
             ),
             *_errors(
                 "trained on the pairs",
                 replace(linear, floor=middle),
                 test,
-                "Ridge regression on the pairs of each column; floor: the middle of the public range.",
+                "Ridge regression on the pairs of each column.",
                 rng,
             ),
             _association(pairs, test, rng),
@@ -154,7 +155,7 @@ def _errors(who: str, predicted: Columns[Values], test: _Test, note: str, rng: n
             f"MAE of morphology, {who} (share of the public range)",
             "lower",
             absolute,
-            f"Mean over features. {note}{_against_linear(absolute, rng)}",
+            f"Mean over features. {note} {_MIDDLE}{_against_linear(absolute, rng)}",
             rng,
             [
                 *test.by_feature(lambda places: predicted.map(scored(_absolute, places)), rng),
@@ -165,7 +166,7 @@ def _errors(who: str, predicted: Columns[Values], test: _Test, note: str, rng: n
             f"MAPE of morphology, {who} (%)",
             "lower",
             relative,
-            f"In physical units, mean over features; true values near 0 are left out. {note}",
+            f"In physical units, mean over features; true values near 0 are left out. {note} {_MIDDLE}",
             rng,
             [
                 *test.by_feature(lambda places: predicted.map(scored(mean_absolute_percentage_error, places)), rng),
