@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from fedsynth.engines import embedding, moments
 from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators_template
-from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.profiles import profile_template

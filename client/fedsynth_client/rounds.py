@@ -17,8 +17,8 @@ from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomnes
 from fedsynth.engines import embedding, moments
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.evaluation.site_scores import evaluators, evaluators_template
-from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Activity, Module, Population, SiteEvaluationPlan, StatisticPlan, StudyPlan
 from fedsynth.profiles import profile_model, profile_template

@@ -12,8 +12,9 @@ from safetensors.torch import save
 
 from fedsynth.errors import JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import MODULES, Module, StatisticPlan, StudyPlan
 from fedsynth.records import PUBLIC, State, state_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedsynth.errors import Refused
-from fedsynth.models.dcgan import make_generator
+from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.profiles import profile_model
 from fedsynth.synthesis import draw_patients

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -20,12 +21,12 @@ from fedsynth.toml import load_toml
 
 # What a site computes privately, in the order in which a study runs it. `moments` and `embedding` are statistics that a
 # site releases once; the others train in many private steps.
-Module = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan"]
-MODULES: tuple[Module, ...] = ("moments", "autoencoder", "radiogenomics", "embedding", "gan")
-TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
+Module = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan", "translation"]
+MODULES: tuple[Module, ...] = ("moments", "autoencoder", "radiogenomics", "embedding", "gan", "translation")
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan", "translation")
 # What a site can be asked for: a module, which uses training patients, or, when all modules are done, an evaluation of the
 # generator on held-out patients. No patient is both, so each population has an account of its own.
-Activity = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan", "evaluation"]
+Activity = Literal["moments", "autoencoder", "radiogenomics", "embedding", "gan", "translation", "evaluation"]
 ACTIVITIES: tuple[Activity, ...] = (*MODULES, "evaluation")
 Population = Literal["train", "holdout"]
 
@@ -47,7 +48,7 @@ class ImagePlan(Section):
     """The grid that every patient is resampled to: `slices` axial planes of `size` x `size` pixels, LPS order."""
 
     sequences: list[str] = ["T1", "T1c", "FLAIR"]
-    size: Literal[32, 64, 128] = 64
+    size: Literal[32, 64, 128, 256] = 64
     slices: Count = 16
     pixel_spacing_mm: Positive = 3.0
     slice_spacing_mm: Positive = 7.0
@@ -131,6 +132,9 @@ class MorphologyPlan(Section):
 class PrivacyPlan(Section):
     """The budget of the whole study at every site; the unit is the patient, neighbours differ by adding or removing one.
 
+    ``epsilon = inf`` is a study without privacy, for public data and reproductions: nothing is clipped, nothing is noised.
+    It is marked so in the ledger, the report and the release, and a site's policy refuses it by default.
+
     `accountant` ``"rdp"`` bounds epsilon by proof. ``"prv"`` needs less noise; it composes the direction of removal, and
     that addition costs less is checked numerically, not proven (`docs/accounting.md`).
 
@@ -143,11 +147,16 @@ class PrivacyPlan(Section):
     """
 
     unit: Literal["patient"] = "patient"
-    epsilon: Positive
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=True)]
     delta: Annotated[float, Field(gt=0, lt=1e-2)] = 1e-5
     accountant: Literal["rdp", "prv"] = "rdp"
     noise: Literal["local", "distributed"] = "local"
     reproducible_seed: int | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether the plan asks for noise at all; a seed that makes it reproducible is another matter."""
+        return math.isfinite(self.epsilon)
 
     @model_validator(mode="after")
     def _accountant_can_tell(self) -> Self:
@@ -165,6 +174,10 @@ class PrivacyPlan(Section):
         return self
 
 
+Optimizer = Literal["adam", "sgd"]
+Schedule = Literal["constant", "linear", "cosine", "exponential", "step"]
+
+
 class TrainingPlan(Section):
     """One module's private training at a site.
 
@@ -172,6 +185,9 @@ class TrainingPlan(Section):
     patient's gradient to `max_grad_norm` and divides the noisy sum by `expected_batch`, a public constant.
     `budget_share` weighs this module against the others; whatever the shares add up to, all modules together spend the
     plan's whole epsilon (`fedsynth.budget`). With 0 rounds the module takes no part and spends nothing.
+
+    `schedule` takes the learning rates of all the module's networks from their whole value to `final_learning_rate` (a
+    share of it) over the steps of all rounds (`fedsynth.schedules`); `momentum` is of ``"sgd"``.
     """
 
     rounds: Annotated[int, Field(ge=0)]
@@ -180,6 +196,10 @@ class TrainingPlan(Section):
     max_grad_norm: Positive
     learning_rate: Positive
     budget_share: Annotated[float, Field(gt=0, le=1)]
+    optimizer: Optimizer = "adam"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    schedule: Schedule = "constant"
+    final_learning_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
 
     @property
     def steps(self) -> int:
@@ -258,11 +278,17 @@ class WarmStart(Section):
 Trains = Literal["all", "norms", "head", "adapters"]
 # What is done to every image in front of the discriminator (`fedsynth.models.augmentation`).
 Augmentation = Literal["translation", "intensity"]
+# The networks that make images (`fedsynth.models.images`): DCGAN; one that grows from 8 x 8 pixels to the full size
+# (PGGAN); that with self-attention and a spectrally normalised discriminator (Enhanced-GAN); a variational autoencoder.
+Architecture = Literal["dcgan", "progressive", "enhanced", "vae"]
+AdversarialLoss = Literal["bce", "wasserstein", "least_squares", "hinge"]
+
+SMALLEST_IMAGE = 8  # pixels at which a growing network begins
 
 
 class GanPlan(TrainingPlan):
-    """Conditional DCGAN. Each private step trains the local discriminator once; every `discriminator_steps` of them are
-    followed by one generator step, which sees private data only through the discriminator.
+    """The networks that make images. Each private step trains the local discriminator once; every `discriminator_steps` of
+    them are followed by one generator step, which sees private data only through the discriminator.
 
     With ``"adaptive"`` that number climbs 1, 2, 5, 10, 20, ... (never above `steps_per_round`) as the discriminator's
     moving-average accuracy on fakes, of memory `adaptive_memory`, falls to `adaptive_accuracy` (Bie, Kamath, Zhang
@@ -271,12 +297,40 @@ class GanPlan(TrainingPlan):
     `discriminator_trains` and `generator_trains` leave the rest of a network as it was sent; `adapter_rank` is the rank of
     low-rank adapters. `augmentation` shifts and recolours images in front of the discriminator, real and fake alike.
 
+    `growth` says for how many rounds each resolution trains, from 8 x 8 pixels, doubling up to the image's size; the first
+    `fade_in` (a share) of a resolution's steps blend it in. Empty: everything trains at full size from the start.
+
+    `loss` is the adversarial loss (`fedsynth.losses`). `lipschitz` bounds the discriminator's slope: ``"weight_clip"``
+    clamps its weights to [-`weight_clip`, `weight_clip`] after each step; ``"gradient_penalty"`` adds `penalty_weight` times
+    the penalty at ``"interpolates"`` of a patient's slice and a fake, where it is part of the patient's gradient, or at
+    ``"fakes"`` alone, where it touches no patient.
+
+    `l1_weight` and `feature_matching_weight` hold the generator's image for a patient's own condition against the patient's
+    slice. The generator's own gradient is then private: it is clipped and noised together with the discriminator's, as
+    one vector, under the same charge.
+
+    A variational autoencoder has an encoder in the discriminator's place, which stays at the site; decoder and encoder
+    have one private gradient. `kl_weight` weighs its divergence.
+
     With 0 rounds the generator is the public one, or that one fitted to the embedding.
     """
 
+    architecture: Architecture = "dcgan"
     latent_dim: Count = 64
     generator_width: Count = 32
     discriminator_width: Count = 16
+    discriminator_norm: Literal["group", "batch"] = "group"
+    spectral_norm: bool = False
+    growth: list[Count] = []
+    fade_in: Annotated[float, Field(ge=0, le=1)] = 0.5
+    loss: AdversarialLoss = "bce"
+    lipschitz: Literal["none", "weight_clip", "gradient_penalty"] = "none"
+    weight_clip: Positive = 0.01
+    penalty_weight: Positive = 10.0
+    penalty_at: Literal["interpolates", "fakes"] = "interpolates"
+    l1_weight: Annotated[float, Field(ge=0)] = 0.0
+    feature_matching_weight: Annotated[float, Field(ge=0)] = 0.0
+    kl_weight: Annotated[float, Field(ge=0)] = 0.02
     discriminator_steps: Count | Literal["adaptive"] = 1
     adaptive_accuracy: Annotated[float, Field(gt=0, lt=1)] = 0.6
     adaptive_memory: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -290,10 +344,69 @@ class GanPlan(TrainingPlan):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     warm_start: WarmStart | None = None
 
+    @property
+    def grows(self) -> bool:
+        """Whether the networks are made of one part a resolution."""
+        return self.architecture in ("progressive", "enhanced")
+
+    @property
+    def generator_is_private(self) -> bool:
+        """Whether the generator's own gradient touches private images, and so is clipped, noised and charged."""
+        return self.architecture == "vae" or self.l1_weight > 0 or self.feature_matching_weight > 0
+
     @model_validator(mode="after")
     def _augmentations_are_distinct(self) -> Self:
         if len(set(self.augmentation)) != len(self.augmentation):
             raise ValueError("gan.augmentation names one twice")
+        return self
+
+    @model_validator(mode="after")
+    def _growth_fits(self) -> Self:
+        if self.growth and not self.grows:
+            raise ValueError(f"gan.growth: the architecture {self.architecture!r} does not grow; leave it empty")
+        if self.growth and sum(self.growth) != self.rounds:
+            raise ValueError(f"gan.growth adds up to {sum(self.growth)} rounds, gan.rounds is {self.rounds}")
+        return self
+
+    @model_validator(mode="after")
+    def _options_belong_together(self) -> Self:
+        if self.architecture == "vae" and (
+            self.l1_weight or self.feature_matching_weight or self.lipschitz != "none" or self.loss != "bce"
+        ):
+            raise ValueError(
+                "gan.architecture = 'vae' has no discriminator: leave loss, lipschitz, l1_weight and "
+                "feature_matching_weight out"
+            )
+        if self.discriminator_norm == "batch" and self.architecture != "dcgan":
+            raise ValueError("gan.discriminator_norm = 'batch' is of the architecture 'dcgan' alone")
+        return self
+
+
+class TranslationPlan(TrainingPlan):
+    """Two generators that translate slices between two domains, and a discriminator of each (CycleGAN, Zhu et al. 2017),
+    with least-squares losses, cycle and identity losses.
+
+    A fake is here a translated *private* slice, so nothing is public: the gradients of all four networks are one vector
+    a patient, clipped and noised as one. The two generators are averaged; the discriminators stay at the site.
+
+    ``"sequences"`` translates `source` to `target` and back, two of the plan's sequences; ``"tumour"`` translates slices
+    without tumour to slices with tumour and back, all sequences at once.
+    """
+
+    domains: Literal["sequences", "tumour"] = "sequences"
+    source: str = ""
+    target: str = ""
+    width: Count = 16
+    cycle_weight: Annotated[float, Field(ge=0)] = 10.0
+    identity_weight: Annotated[float, Field(ge=0)] = 5.0
+    slices_per_patient: Count = 1
+
+    @model_validator(mode="after")
+    def _domains_are_named(self) -> Self:
+        if self.domains == "sequences" and (not self.source or not self.target or self.source == self.target):
+            raise ValueError("translation.source and translation.target must name two sequences")
+        if self.domains == "tumour" and (self.source or self.target):
+            raise ValueError("translation.domains = 'tumour' has no source and target: leave them out")
         return self
 
 
@@ -369,6 +482,7 @@ class StudyPlan(Section):
     radiogenomics: RadiogenomicsPlan
     embedding: EmbeddingPlan | None = None
     gan: GanPlan
+    translation: TranslationPlan | None = None
     aggregation: AggregationPlan = AggregationPlan()
     site_evaluation: SiteEvaluationPlan | None = None
     sites: list[SitePlan] = Field(min_length=1)
@@ -381,6 +495,7 @@ class StudyPlan(Section):
         if self.aggregation.min_sites > len(names):
             raise ValueError("aggregation.min_sites is larger than the number of sites")
         self._engines_are_complete()
+        self._images_can_be_made()
         shares = sum(self.training(module).budget_share for module in self.modules)
         if shares > 1 + 1e-9:
             raise ValueError(f"the modules' budget_share add up to {shares:.3f}; at most 1 can be spent")
@@ -406,6 +521,23 @@ class StudyPlan(Section):
             )
         if self.embedding is None and self.gan.rounds == 0 and self.gan.warm_start is None:
             raise ValueError("nothing makes images: no embedding, no round of the gan, no public generator")
+
+    def _images_can_be_made(self) -> None:
+        resolutions = (self.image.size // SMALLEST_IMAGE).bit_length()
+        if self.gan.growth and len(self.gan.growth) != resolutions:
+            raise ValueError(
+                f"gan.growth names {len(self.gan.growth)} resolutions; from {SMALLEST_IMAGE} to {self.image.size} pixels "
+                f"there are {resolutions}"
+            )
+        if self.gan.discriminator_norm == "batch" and self.privacy.private:
+            raise ValueError(
+                "gan.discriminator_norm = 'batch' mixes patients, so no patient's gradient could be clipped; it is for "
+                "studies without privacy (privacy.epsilon = inf)"
+            )
+        if self.translation is not None and self.translation.domains == "sequences":
+            for key, name in (("source", self.translation.source), ("target", self.translation.target)):
+                if name not in self.image.sequences:
+                    raise ValueError(f"translation.{key} names {name!r}, which is not among image.sequences")
 
     @property
     def images_identity(self) -> str:
@@ -445,6 +577,7 @@ class StudyPlan(Section):
             "radiogenomics": self.radiogenomics,
             "embedding": self.embedding,
             "gan": self.gan,
+            "translation": self.translation,
         }[module]
 
     def training(self, module: Module) -> TrainingPlan | StatisticPlan:

@@ -37,7 +37,7 @@ import torch
 
 from fedsynth.evaluation.samples import Volumes
 from fedsynth.metrics.domain_extractor import DomainExtractor
-from fedsynth.models.dcgan import make_generator
+from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan, WarmStart
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsynth import __version__
-from fedsynth.models.dcgan import make_generator
+from fedsynth.models.images import make_generator
 from fedsynth.plan import MomentsPlan, StudyPlan
 from fedsynth.records import PUBLIC, State
 from fedsynth_server.warm_start import load_warm_start, save_warm_start

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Discriminator, initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import Discriminator, initialise
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.morphology import normalise
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track

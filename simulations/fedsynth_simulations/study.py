@@ -38,8 +38,8 @@ from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import read_json, write_json
 from fedsynth.limits import AttributeLimits, CopyLimits, Limits, MembershipLimits
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
-from fedsynth.models.dcgan import make_generator
 from fedsynth.models.gene_autoencoder import generate_expression, make_autoencoder
+from fedsynth.models.images import make_generator
 from fedsynth.models.linear_gaussian import LinearGaussianProfiles, public_prior
 from fedsynth.morphology import normalise
 from fedsynth.plan import StudyPlan, load_plan, save_plan

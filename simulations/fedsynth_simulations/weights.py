@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedsynth import __version__
-from fedsynth.models.dcgan import make_generator
+from fedsynth.models.images import make_generator
 from fedsynth.morphology import normalise
 from fedsynth.plan import MomentsPlan, StudyPlan
 from fedsynth.recommend import PublicStarts

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.trainable import make_trainable, trainable_parameters
 from fedsynth.plan import StudyPlan, Trains
 from fedsynth.records import State

@@ -12,8 +12,9 @@ from torch import Tensor
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.models.condition import condition
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import TRAINED, Module, StudyPlan
 from fedsynth.records import PROGRESS, State

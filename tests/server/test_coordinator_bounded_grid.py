@@ -252,8 +252,8 @@ def test_the_limit_is_told_to_a_process_that_asks(tiny_plan: StudyPlan, tmp_path
 
 
 def test_every_reply_of_the_plan_is_within_its_limit(tiny_plan: StudyPlan) -> None:
-    from fedsynth.models.dcgan import make_generator
     from fedsynth.models.gene_autoencoder import make_autoencoder
+    from fedsynth.models.images import make_generator
 
     limit = reply_limit(tiny_plan)
     for state in (make_generator(tiny_plan).state_dict(), make_autoencoder(tiny_plan).state_dict()):

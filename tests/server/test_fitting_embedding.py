@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedsynth.engines.embedding import Embedding, embedding_from
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator, initialise, make_generator
+from fedsynth.models.dcgan import Generator, initialise
+from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_server.fitting.embedding import FitResult, FitSettings, Target, fit, read_total

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fedsynth.engines.embedding import public_template
 from fedsynth.errors import UsageError
-from fedsynth.models.dcgan import make_discriminator, make_generator
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.plan import EmbeddingPlan, PublicWeights, StudyPlan, load_plan, save_plan
 from fedsynth.records import PUBLIC
 from fedsynth_server.cli import study

@@ -21,7 +21,8 @@ from fedsynth.models.adapters import (
     plain_state,
 )
 from fedsynth.models.condition import condition_dim
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.trainable import make_trainable, trainable_parameters
 from fedsynth.plan import StudyPlan, Trains
 

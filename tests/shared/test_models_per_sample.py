@@ -15,8 +15,9 @@ from torch.nn.functional import softplus
 from fedsynth.dp.randomness import SystemRandomness
 from fedsynth.dp.step import make_private
 from fedsynth.models.condition import condition_dim
-from fedsynth.models.dcgan import Discriminator, initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import Discriminator, initialise
 from fedsynth.models.gene_autoencoder import GeneAutoencoder, autoencoder_losses
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import RadiogenomicDNN, radiogenomic_losses
 from fedsynth.plan import AutoencoderPlan, StudyPlan
 

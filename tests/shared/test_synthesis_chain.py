@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedsynth.models.dcgan import Generator, make_generator
+from fedsynth.models.dcgan import Generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.morphology import features
 from fedsynth.plan import StudyPlan

@@ -9,7 +9,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.plan import MomentsPlan, StudyPlan, WarmStart
 from fedsynth.records import PUBLIC, State, state_digest
 from fedsynth.synthesis import SyntheticProfiles

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.engines.embedding import plan_embedding
-from fedsynth.models.dcgan import make_generator
+from fedsynth.models.images import make_generator
 from fedsynth.plan import GanPlan, Module, StudyPlan, TrainingPlan, save_plan
 from fedsynth.records import LARGEST_NORM, PROFILES, PUBLIC, State, state_digest, task_record, to_record
 from fedsynth_client import rounds as client_rounds

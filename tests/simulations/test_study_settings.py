@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedsynth.errors import UsageError
-from fedsynth.models.dcgan import make_discriminator, make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.records import state_digest
 from fedsynth_server.checkpoint import first_state
 from fedsynth_server.warm_start import load_warm_start, public_starts

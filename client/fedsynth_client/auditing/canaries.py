@@ -18,8 +18,8 @@ from fedsynth.auditing.one_run import Flags, Floats, Look
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import make_discriminator
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
+from fedsynth.models.images import make_discriminator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.records import State

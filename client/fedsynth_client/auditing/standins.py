@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Activity, LabelPlan, SiteEvaluationPlan, StudyPlan
 from fedsynth.records import State

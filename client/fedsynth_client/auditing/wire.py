@@ -32,8 +32,9 @@ from fedsynth.dp.randomness import Randomness
 from fedsynth.engines import embedding, moments
 from fedsynth.errors import FedsynthError
 from fedsynth.evaluation import site_scores
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.morphology import FEATURES
 from fedsynth.plan import Activity, StudyPlan

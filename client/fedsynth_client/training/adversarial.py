@@ -22,7 +22,8 @@ from fedsynth.dp.step import CHUNK, PrivateModel, make_private, private_step
 from fedsynth.models.adapters import adapter_state, load_adapters, merged_state, plain_state
 from fedsynth.models.augmentation import Changes, augmented, draw_changes
 from fedsynth.models.condition import condition, slice_positions, tumour_map
-from fedsynth.models.dcgan import Discriminator, make_discriminator, make_generator
+from fedsynth.models.dcgan import Discriminator
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.trainable import make_trainable
 from fedsynth.plan import StudyPlan
 from fedsynth.records import State

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fedsynth.deployment.unpacking import object_ids, unpacked_bytes
 from fedsynth.errors import Refused
-from fedsynth.models.dcgan import make_generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Module, StudyPlan, load_plan
 from fedsynth.progress import say

@@ -15,7 +15,8 @@ from torch import Tensor
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator, make_generator
+from fedsynth.models.dcgan import Generator
+from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.records import WEIGHTS, State
 

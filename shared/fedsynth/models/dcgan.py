@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedsynth.models.condition import TumourMap, condition_dim, tumour_map
-from fedsynth.plan import StudyPlan
+from fedsynth.models.condition import TumourMap
 
 _START = 4  # pixels of the first feature map
 
@@ -81,29 +80,6 @@ class Discriminator(nn.Module):
         features = self.trunk(torch.cat([x, self.tumour_map(condition)], dim=1))
         alignment = (self.projection(condition) * features).mean(1)
         return self.score(features)[:, 0] + alignment
-
-
-def make_generator(plan: StudyPlan) -> Generator:
-    """The generator that `plan` names, with fresh weights."""
-    return Generator(
-        latent_dim=plan.gan.latent_dim,
-        condition_dim=condition_dim(len(plan.label.classes), len(plan.morphology.features)),
-        channels=len(plan.image.sequences) + 1,
-        size=plan.image.size,
-        width=plan.gan.generator_width,
-        tumour_map=tumour_map(plan),
-    )
-
-
-def make_discriminator(plan: StudyPlan) -> Discriminator:
-    """The discriminator that `plan` names, with fresh weights."""
-    return Discriminator(
-        condition_dim=condition_dim(len(plan.label.classes), len(plan.morphology.features)),
-        channels=len(plan.image.sequences) + 1,
-        size=plan.image.size,
-        width=plan.gan.discriminator_width,
-        tumour_map=tumour_map(plan),
-    )
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from fedsynth.models.adapters import adapt
-from fedsynth.models.dcgan import Discriminator, Generator, make_discriminator
+from fedsynth.models.dcgan import Discriminator, Generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
+from fedsynth.models.images import make_discriminator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Module, StudyPlan, Trains
 

@@ -18,7 +18,8 @@ from fedsynth.budget import noise_multipliers
 from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.engines import embedding, moments
-from fedsynth.models.dcgan import initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import initialise
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.plan import EmbeddingPlan, Module, MomentsPlan, PublicWeights, StudyPlan, WarmStart
 from fedsynth.profiles import profile_model
 from fedsynth.records import PROFILES, PUBLIC, State, state_digest

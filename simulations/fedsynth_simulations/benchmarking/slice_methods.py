@@ -17,7 +17,8 @@ from torch.nn import functional
 from fedsynth.dp.accounting import Mechanism, noise_multiplier
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.models.condition import condition
-from fedsynth.models.dcgan import Generator, initialise, make_discriminator, make_generator
+from fedsynth.models.dcgan import Generator, initialise
+from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.plan import ImagePlan, LabelPlan, MorphologyPlan, StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
