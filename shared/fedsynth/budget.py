@@ -10,12 +10,33 @@ from fedsynth.plan import Activity, Module, Population, StudyPlan
 
 
 def noise_multipliers(plan: StudyPlan, site: str) -> dict[Module, float]:
-    """Noise multipliers with which all modules of `plan` together meet its epsilon at `site`."""
+    """Noise multipliers with which all modules of `plan` together meet its epsilon at `site`.
+
+    0 for all modules of a study without privacy, and above 0 for all of any other.
+
+    Raises:
+        ValueError: the plan's epsilon is too small for any noise.
+    """
     demands = tuple(
         (module, plan.sample_rate(module, site), plan.training(module).steps, plan.training(module).budget_share)
         for module in plan.modules
     )
-    return dict(_allocate(demands, plan.privacy.epsilon, plan.privacy.delta, plan.privacy.accountant))
+    found = dict(_allocate(demands, plan.privacy.epsilon, plan.privacy.delta, plan.privacy.accountant))
+    for module, sigma in found.items():
+        _check_noise(plan, module, sigma)
+    return found
+
+
+def _check_noise(plan: StudyPlan, what: str, sigma: float) -> None:
+    """No noise where the plan promises privacy would be the worst of errors, so nothing relies on arithmetic alone.
+
+    Raises:
+        ValueError: a private plan would get no noise, or one without privacy would get some.
+    """
+    if (sigma > 0) is not plan.privacy.private:
+        raise ValueError(
+            f"{what} would run with noise multiplier {sigma:g} under a plan of epsilon {plan.privacy.epsilon:g}"
+        )
 
 
 @lru_cache(maxsize=256)
@@ -28,7 +49,10 @@ def _allocate(
 
 
 def mechanism(plan: StudyPlan, site: str, module: Module, *, steps: int | None = None) -> Mechanism:
-    """The sampled Gaussian mechanism of `module` at `site`: one round's steps unless `steps` says otherwise."""
+    """The sampled Gaussian mechanism of `module` at `site`: one round's steps unless `steps` says otherwise.
+
+    It has no noise exactly where the study is one without privacy (`_check_noise`).
+    """
     return Mechanism(
         plan.sample_rate(module, site),
         noise_multipliers(plan, site)[module],
@@ -37,7 +61,7 @@ def mechanism(plan: StudyPlan, site: str, module: Module, *, steps: int | None =
 
 
 def planned_epsilon(plan: StudyPlan, site: str, module: Module | None = None) -> float:
-    """Epsilon that all steps of one module, or of all modules composed, cost at `site`."""
+    """Epsilon that all steps of one module, or of all modules composed, cost at `site`; infinite without privacy."""
     chosen = plan.modules if module is None else (module,)
     history = [mechanism(plan, site, each, steps=plan.training(each).steps) for each in chosen]
     return epsilon(history, plan.privacy.delta, plan.privacy.accountant)
@@ -51,7 +75,7 @@ class Charge:
         population: whose account it is charged to.
         mechanism: the round's mechanism.
         max_grad_norm: what a patient's part is clipped to.
-        study_epsilon: what the plan allows to spend of that population, at the plan's delta.
+        study_epsilon: what the plan allows to spend of that population, at the plan's delta; infinite without privacy.
     """
 
     population: Population
@@ -78,7 +102,8 @@ def charge(plan: StudyPlan, site: str, activity: Activity) -> Charge:
 def evaluation_mechanism(plan: StudyPlan) -> Mechanism:
     """The one noisy sum over a site's held-out patients, which takes all of them: the same at every site.
 
-    It is no part of what training patients spend (`planned_epsilon`): they are other people.
+    It is no part of what training patients spend (`planned_epsilon`): they are other people. So it is private in a study
+    without privacy, too.
 
     Raises:
         ValueError: the plan has no section ``site_evaluation``, or its epsilon is too small for any noise.

@@ -9,6 +9,8 @@ more orders and in arrays instead of loops, since a plan's allocation takes hund
 PRV: Opacus' numerical composition after Gopi, Lee, Wutschitz (2021), for the direction of removal; that addition costs
 less under composition is checked numerically (in the tests), not proven.
 The Gaussian mechanism alone has an exact answer: Balle and Wang (2018), theorem 8.
+
+A mechanism without noise, of a study without privacy, bounds nothing: whatever holds one costs an infinite epsilon.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class Mechanism:
 
     Attributes:
         sample_rate: probability with which a patient is drawn, in (0, 1].
-        noise_multiplier: standard deviation of the noise over the clipping norm.
+        noise_multiplier: standard deviation of the noise over the clipping norm; 0 is no noise, and no privacy.
         steps: number of releases.
     """
 
@@ -66,14 +68,16 @@ class Mechanism:
     def __post_init__(self) -> None:
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], not {self.sample_rate}")
-        if not self.noise_multiplier > 0:
-            raise ValueError(f"noise_multiplier must be positive, not {self.noise_multiplier}")
+        if not self.noise_multiplier >= 0:
+            raise ValueError(f"noise_multiplier must not be negative, and is {self.noise_multiplier}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
 
 def epsilon(history: Sequence[Mechanism], delta: float, accountant: Accountant = "rdp") -> float:
     """Epsilon at `delta` of all mechanisms of `history` composed; 0 for an empty history.
+
+    One mechanism without noise makes it infinite by either accountant, however few patients it drew.
 
     Args:
         history: mechanisms in any order, of any sample rates and noise multipliers.
@@ -89,7 +93,7 @@ def epsilon(history: Sequence[Mechanism], delta: float, accountant: Accountant =
         raise ValueError(f"delta must be in [0, 1), not {delta}")
     if not history:
         return 0.0
-    if delta == 0:
+    if delta == 0 or any(m.noise_multiplier == 0 for m in history):
         return math.inf
     bound = _rdp_epsilon(history, delta)
     if accountant == "rdp":
@@ -104,7 +108,7 @@ def merged(history: Sequence[Mechanism]) -> list[Mechanism]:
     """The same history in as few mechanisms as possible.
 
     Equal blocks become one with the sum of their steps. Releases at sample rate 1 are Gaussian mechanisms: any number of
-    them is exactly one release whose precision 1 / sigma^2 is the sum of theirs.
+    them is exactly one release whose precision 1 / sigma^2 is the sum of theirs (infinite where one has no noise).
 
     >>> merged([Mechanism(0.1, 2.0, 5), Mechanism(1.0, 2.0, 4), Mechanism(0.1, 2.0, 5)])
     [Mechanism(sample_rate=1.0, noise_multiplier=1.0, steps=1), Mechanism(sample_rate=0.1, noise_multiplier=2.0, steps=10)]
@@ -112,13 +116,20 @@ def merged(history: Sequence[Mechanism]) -> list[Mechanism]:
     steps: Counter[tuple[float, float]] = Counter()
     for m in history:
         steps[m.sample_rate, m.noise_multiplier] += m.steps
-    precision = math.fsum(count / sigma**2 for (rate, sigma), count in steps.items() if rate == 1)
+    precision = math.fsum(
+        count / sigma**2 if sigma else math.inf for (rate, sigma), count in steps.items() if rate == 1
+    )
     one_shot = [Mechanism(1.0, precision**-0.5, 1)] if precision else []
     return one_shot + [Mechanism(rate, sigma, count) for (rate, sigma), count in steps.items() if rate < 1]
 
 
 def gaussian_delta(sigma: float, epsilon: float) -> float:
-    """Delta at `epsilon` of one release of sensitivity 1 with noise `sigma`: Balle and Wang (2018), theorem 8, exact."""
+    """Delta at `epsilon` of one release of sensitivity 1 with noise `sigma`: Balle and Wang (2018), theorem 8, exact.
+
+    Without noise it is 1: the release tells for sure.
+    """
+    if sigma == 0:
+        return 1.0
     shift = epsilon * sigma
     half = 1 / (2 * sigma)
     return float(np.exp(log_ndtr(half - shift)) - np.exp(epsilon + log_ndtr(-half - shift)))
@@ -127,8 +138,10 @@ def gaussian_delta(sigma: float, epsilon: float) -> float:
 def gaussian_epsilon(sigma: float, delta: float) -> float:
     """Epsilon at `delta` of one release of sensitivity 1 with noise `sigma`, to 1e-10: the inverse of `gaussian_delta`.
 
-    `k` such releases are one with noise ``sigma / sqrt(k)``.
+    `k` such releases are one with noise ``sigma / sqrt(k)``. Infinite without noise.
     """
+    if sigma == 0:
+        return math.inf
     if gaussian_delta(sigma, 0.0) <= delta:
         return 0.0
     # The loss is Gaussian with mean 1 / (2 sigma^2) and sd 1 / sigma; its tail at this bound is below delta.
@@ -260,9 +273,15 @@ def noise_multiplier(
 ) -> float:
     """Smallest noise multiplier (to 1e-3, rounded up) with which `steps` steps cost at most `target_epsilon`.
 
+    A finite target gets at least 1e-3, an infinite one 0: no noise.
+
     Raises:
-        ValueError: no noise multiplier up to 10,000 suffices.
+        ValueError: no noise multiplier up to 10,000 suffices, or the target is not above 0.
     """
+    if not target_epsilon > 0:
+        raise ValueError(f"target_epsilon must be positive, not {target_epsilon}")
+    if target_epsilon == math.inf:
+        return 0.0
 
     def cost(sigma: float) -> float:
         return epsilon([Mechanism(sample_rate, sigma, steps)], delta, accountant)
@@ -307,13 +326,15 @@ def allocate(
     less than the sum of their epsilons, all are then scaled by one common factor until the composition meets the target.
 
     Returns:
-        A noise multiplier for each key of `demands`, rounded up to 1e-3.
+        A noise multiplier for each key of `demands`, rounded up to 1e-3; 0 for all where the target is infinite.
 
     Raises:
-        ValueError: the target cannot be reached with noise multipliers up to 10,000.
+        ValueError: the target cannot be reached with noise multipliers up to 10,000, or is not above 0.
     """
     if not demands:
         return {}
+    if target_epsilon == math.inf:
+        return dict.fromkeys(demands, 0.0)
     alone = {
         name: noise_multiplier(d.sample_rate, d.steps, target_epsilon * d.share, delta) for name, d in demands.items()
     }
