@@ -14,6 +14,9 @@ saw costs nothing. A task that has released its result never runs again; its sto
 training failed, or whose result was withheld for what it holds (weights that are not finite), never runs again either:
 that it failed is told, and may tell something of who was drawn.
 
+A study without privacy is charged, too: as a mechanism without noise, whose epsilon is infinite. From then on the account of
+those people is infinite, and nothing private can be charged to them any more.
+
 The chain shows any change of a past entry. That entries were cut off at the end shows against the head digests which
 the coordinator received with each reply and which a release quotes.
 """
@@ -125,9 +128,10 @@ class Ledger:
             task: what is about to run.
             mechanism: all steps of the block.
             max_grad_norm: clipping norm, for the record.
-            private: whether the noise is unpredictable; false marks the study as not private.
+            private: whether the noise is unpredictable; false marks the study as not private, as a mechanism without any
+                noise does by itself.
             study_limit: budget of `population` in this study.
-            lifetime_limit: budget of `population` over all studies.
+            lifetime_limit: budget of `population` over all studies; infinite for a study without privacy that is allowed.
             accountant: how mechanisms are composed.
             population: whose data the block uses.
             split: which patients are of which population (`fedsynth_client.cohort.split_digest`); empty when not known.
@@ -146,7 +150,7 @@ class Ledger:
             "noise_multiplier": mechanism.noise_multiplier,
             "steps": mechanism.steps,
             "max_grad_norm": max_grad_norm,
-            "private": private,
+            "private": private and mechanism.noise_multiplier > 0,
             "population": population,
             "split": split,
         }
@@ -175,6 +179,8 @@ class Ledger:
                 spent = epsilon(history, limit.delta, accountant)
                 after = epsilon([*history, mechanism], limit.delta, accountant)
                 if after > limit.epsilon + 1e-9:
+                    if any(each.noise_multiplier == 0 for each in history):
+                        raise Refused("budget_exceeded", _unprotected(people, task), _FOR_EVER)
                     raise Refused(
                         "budget_exceeded",
                         f"{task.module} round {task.round} would raise the epsilon of {whose} from {spent:.4f} to "
@@ -281,7 +287,7 @@ class Ledger:
             )
 
     def is_private(self, study: str | None = None) -> bool:
-        """Whether every charge (of one study, or at all) was made with unpredictable noise."""
+        """Whether every charge (of one study, or at all) was made with noise, and unpredictable noise."""
         return all(e.body["private"] for e in self.entries() if e.kind == "charge" and study in (None, e.body["study"]))
 
     @property
@@ -399,6 +405,20 @@ def _moved(entries: list[Entry], population: Population, split: str) -> str:
     return (
         " Counted are also charges of the other patients (training or held-out), made before the cohort was prepared anew: "
         "who was where then is not known."
+    )
+
+
+_FOR_EVER = (
+    "Nothing was charged, and nothing private can be promised to these patients any more. Other patients can take part, in a "
+    "site's folder of their own."
+)
+
+
+def _unprotected(people: str, task: Task) -> str:
+    """Why nothing can be charged to a cohort that took part in a study without privacy."""
+    return (
+        f"This cohort took part in a study without privacy, so the epsilon of its {people} patients is infinite: "
+        f"{task.module} round {task.round} would be above any budget."
     )
 
 

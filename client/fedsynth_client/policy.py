@@ -5,6 +5,7 @@ Every default refuses: no plan is approved, no module may train, nothing may be 
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from fedsynth.errors import Refused, UsageError
 from fedsynth.files import write_atomic
-from fedsynth.plan import ACTIVITIES, Activity, Name, Section, StudyPlan
+from fedsynth.plan import ACTIVITIES, Activity, Name, Population, Section, StudyPlan
 from fedsynth.toml import load_toml
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -33,6 +34,8 @@ class SitePolicy(Section):
         declared_patients: the cohort size that the hospital makes public (rounded); plans must use this figure.
         modules: modules that may use the cohort, and whose noisy results may leave; ``"evaluation"`` uses held-out patients.
         allow_reproducible_noise: whether a seeded run, which is not private, may touch this cohort.
+        allow_not_private: whether a study without privacy (``privacy.epsilon = inf``) may touch this cohort, whose patients
+            are then unprotected for ever: for public or simulated data. `max_epsilon` does not bind such a study.
         countersign_releases: whether staff may sign, with this site's key, that a release may be made.
     """
 
@@ -46,6 +49,7 @@ class SitePolicy(Section):
     declared_patients: Annotated[int, Field(ge=1)] | None = None
     modules: list[Activity] = Field(default=[])
     allow_reproducible_noise: bool = False
+    allow_not_private: bool = False
     countersign_releases: bool = False
 
 
@@ -82,8 +86,9 @@ def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
     """Refuse a plan that the policy does not allow as a whole.
 
     Raises:
-        Refused: with the first cause found: ``site_not_in_plan``, ``plan_not_approved``, ``epsilon_above_policy``,
-            ``delta_above_policy``, ``reproducible_noise_not_allowed``, ``declared_size_differs``.
+        Refused: with the first cause found: ``site_not_in_plan``, ``plan_not_approved``, ``not_private_not_allowed``,
+            ``epsilon_above_policy``, ``delta_above_policy``, ``reproducible_noise_not_allowed``,
+            ``declared_size_differs``.
     """
     sites = {site.name: site for site in plan.sites}
     if policy.site not in sites:
@@ -94,7 +99,15 @@ def check_plan(policy: SitePolicy, plan: StudyPlan) -> None:
             f"The plan {plan.name!r} with digest {plan.digest} is not approved at this site.",
             "Read the plan; to approve it, add its digest to approved_plans in the policy.",
         )
-    if plan.privacy.epsilon > policy.max_epsilon:
+    if not plan.privacy.private and not policy.allow_not_private:
+        raise Refused(
+            "not_private_not_allowed",
+            "The plan is a study without privacy (epsilon infinite): what leaves this site would not be clipped or noised, "
+            "and its patients would be unprotected.",
+            "For patients whose data are confidential ask for a plan with a finite epsilon. Only for public or simulated "
+            "data set allow_not_private = true.",
+        )
+    if plan.privacy.private and plan.privacy.epsilon > policy.max_epsilon:
         raise Refused(
             "epsilon_above_policy",
             f"The plan asks for epsilon {plan.privacy.epsilon:g}; the policy allows {policy.max_epsilon:g}.",
@@ -134,6 +147,8 @@ def check_module(policy: SitePolicy, module: Activity) -> None:
 def check_evaluation(policy: SitePolicy, plan: StudyPlan) -> None:
     """Refuse an evaluation that would cost held-out patients more than the policy allows; the rest of the plan may run.
 
+    It is private in a study without privacy, too: held-out patients are other people.
+
     Raises:
         Refused: ``holdout_epsilon_above_policy``.
     """
@@ -158,3 +173,14 @@ def check_patients(policy: SitePolicy, module: Activity, patients: int) -> None:
             "cohort_too_small",
             f"{patients} training patients can take part in {module!r}; the policy wants at least {policy.min_patients}.",
         )
+
+
+def lifetime_epsilon(policy: SitePolicy, plan: StudyPlan, population: Population) -> float:
+    """Largest epsilon that a patient of `population` may have spent, all studies composed, after a block of `plan`.
+
+    Infinite for training patients of a study without privacy that the policy allows; for every other study what such a
+    study has spent stays above the limit for ever.
+    """
+    if population == "holdout":
+        return policy.max_holdout_epsilon
+    return math.inf if policy.allow_not_private and not plan.privacy.private else policy.max_epsilon

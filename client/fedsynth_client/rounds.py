@@ -20,7 +20,7 @@ from fedsynth.evaluation.site_scores import evaluators, evaluators_template
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Activity, Module, Population, SiteEvaluationPlan, StatisticPlan, StudyPlan
+from fedsynth.plan import Activity, Module, SiteEvaluationPlan, StatisticPlan, StudyPlan
 from fedsynth.profiles import profile_model, profile_template
 from fedsynth.records import (
     EVALUATORS,
@@ -40,7 +40,14 @@ from fedsynth.records import (
 from fedsynth_client.cohort import Cohort, load_cohort, read_entries, split_digest
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
-from fedsynth_client.policy import SitePolicy, check_evaluation, check_module, check_patients, check_plan
+from fedsynth_client.policy import (
+    SitePolicy,
+    check_evaluation,
+    check_module,
+    check_patients,
+    check_plan,
+    lifetime_epsilon,
+)
 from fedsynth_client.site import Site
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
 from fedsynth_client.training.block import BlockResult, public_generator
@@ -105,13 +112,15 @@ def _run(
     cost = charge(plan, policy.site, task.module)
     block = cost.mechanism
     randomness = _randomness(plan, task)
+    # A mechanism without noise is not private however its noise would be drawn.
+    private = randomness.private and block.noise_multiplier > 0
     standing = ledger.charge(
         task,
         block,
         max_grad_norm=cost.max_grad_norm,
-        private=randomness.private,
+        private=private,
         study_limit=Limit(cost.study_epsilon, plan.privacy.delta),
-        lifetime_limit=Limit(_allowed(policy, cost.population), policy.max_delta),
+        lifetime_limit=Limit(lifetime_epsilon(policy, plan, cost.population), policy.max_delta),
         accountant=plan.privacy.accountant,
         population=cost.population,
         split=split,
@@ -122,9 +131,16 @@ def _run(
             f"The result of {task.module} round {task.round} could not be released, and the round cannot run again.",
             "Its charge stands; the study must go on without it.",
         )
-    site.log.info("%s round %d: %s charge, %d steps", task.module, task.round, standing.value, block.steps)
+    site.log.info(
+        "%s round %d: %s charge, %d steps%s",
+        task.module,
+        task.round,
+        standing.value,
+        block.steps,
+        "" if private else ", NOT PRIVATE",
+    )
     try:
-        result = _train(plan, task.module, incoming, local, cohort, block, randomness)
+        result = _train(plan, task, incoming, local, cohort, block, randomness)
         check_state(result.weights, WEIGHTS[task.module], norm_limit(task.module))
     except Exception as error:
         # That training failed is told, and may depend on who was drawn: to run it again under the same charge would
@@ -135,20 +151,16 @@ def _run(
     outbox.prune(task)
 
 
-def _allowed(policy: SitePolicy, population: Population) -> float:
-    """Largest epsilon of a patient of `population` over the life of the cohort."""
-    return policy.max_holdout_epsilon if population == "holdout" else policy.max_epsilon
-
-
 def _train(
     plan: StudyPlan,
-    module: Activity,
+    task: Task,
     incoming: dict[str, State],
     local: State,
     cohort: Cohort,
     block: Mechanism,
     randomness: Randomness,
 ) -> BlockResult:
+    module, first_step = task.module, (task.round - 1) * block.steps
     if module == "evaluation":
         return evaluate_holdout(evaluators(plan, incoming), cohort, block, SiteEvaluationPlan.max_grad_norm, randomness)
     genes = torch.from_numpy(cohort.genes)
@@ -158,9 +170,10 @@ def _train(
         rows = _rows(plan, module, incoming[PUBLIC[module]], cohort)
         return release_statistic(rows, block, section.max_grad_norm, randomness)
     if module == "autoencoder":
-        return train_autoencoder(plan, incoming["autoencoder"], genes, block, randomness)
+        return train_autoencoder(plan, incoming["autoencoder"], genes, block, randomness, first_step=first_step)
     if module == "radiogenomics":
-        return train_radiogenomics(plan, incoming["radiogenomics"], genes, morphology, labels, block, randomness)
+        start = incoming["radiogenomics"]
+        return train_radiogenomics(plan, start, genes, morphology, labels, block, randomness, first_step=first_step)
     profiles = profile_model(plan, incoming).draw(_POOL, public_generator(randomness))
     patients = ImagePatients(image_slices(cohort), morphology, labels)
     return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)

@@ -30,9 +30,12 @@ def release_statistic(rows: Tensor, mechanism: Mechanism, max_norm: float, rando
     the result, finer than those of a large noise value, would be those of the patients' sum (Mironov 2012). Rows are
     rounded towards 0, which lengthens none.
 
+    Without noise, in a study without privacy, the sum is released as it is: there is nothing that a grid could protect. Rows
+    are clipped all the same, which shortens none that an engine promises: the coordinator refuses larger sums.
+
     Args:
         rows: (N, D) finite or not, N may be 0.
-        mechanism: one release; its sample rate is 1.
+        mechanism: one release; its sample rate is 1, its noise multiplier 0 where there is no privacy.
         max_norm: Euclidean norm to which a row is clipped.
         randomness: source of the noise.
 
@@ -46,6 +49,8 @@ def release_statistic(rows: Tensor, mechanism: Mechanism, max_norm: float, rando
     norms = usable.norm(dim=1, keepdim=True)
     clipped = usable * (max_norm / norms.clamp(min=max_norm))
     std = mechanism.noise_multiplier * max_norm
+    if std == 0:
+        return BlockResult({TOTAL: clipped.sum(dim=0).to(torch.float32)}, {}, {})
     noise = randomness.normal((rows.shape[1],), std).double()
     grid = 2.0 ** (math.ceil(math.log2(std)) - _BITS)
     total = ((clipped / grid).trunc().sum(dim=0) + (noise / grid).round()) * grid
