@@ -82,6 +82,7 @@ class Cohort:
             "radiogenomics": self.has_genes & self.has_images,
             "embedding": self.has_images,
             "gan": self.has_images,
+            "translation": self.has_images,
         }[module]
 
     def rows(self, keep: NDArray[np.bool_]) -> Cohort:

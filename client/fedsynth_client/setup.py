@@ -41,8 +41,8 @@ max_holdout_epsilon = 0.0
 min_patients = 100
 
 # Modules that may use this cohort, and whose noisy results may leave: "moments" and "embedding" (a noisy sum, released
-# once), "autoencoder", "radiogenomics" and "gan" (weights, trained in noisy steps); "evaluation" (a noisy sum of scores of
-# held-out patients).
+# once), "autoencoder", "radiogenomics", "gan" and "translation" (weights, trained in noisy steps); "evaluation" (a noisy sum
+# of scores of held-out patients).
 modules = []
 
 # A seeded run is reproducible and therefore not private.

@@ -141,8 +141,9 @@ def noise_to_signal(plan: StudyPlan, site: str, module: Module, public: Mapping[
     training = plan.training(module)
     if isinstance(training, StatisticPlan):
         return forecast_statistic(plan, module, public or {}).noise_to_signal
-    # Discriminators are local and meet only through the generator; the other networks are averaged every round.
-    sites = 1 if module == "gan" else len(plan.sites)
+    # Discriminators are local and meet only through the generator; the other networks are averaged every round. Of a
+    # translation half is local, and that half leads the other.
+    sites = 1 if module in ("gan", "translation") else len(plan.sites)
     sigma, size = noise_multipliers(plan, site)[module], parameters(plan, module)
     return sigma * math.sqrt(size) / (training.expected_batch * math.sqrt(training.steps * sites))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsynth.plan import TRAINED, EmbeddingPlan, Module, MomentsPlan, PublicWeights, StudyPlan, TrainingPlan
+from fedsynth.plan import EmbeddingPlan, Module, MomentsPlan, PublicWeights, StudyPlan, TrainingPlan
 from fedsynth.records import State
 from fedsynth_server.forecast import Forecast, ModuleForecast, noise_to_signal
 
@@ -103,7 +103,7 @@ def _same_module(plan: StudyPlan, module: Module) -> dict[str, StudyPlan]:
         changed["half the dimensions"] = _with(plan, module, dimensions=training.dimensions // 2)
     if isinstance(training, MomentsPlan) and training.components > 1:
         changed["half the components"] = _with(plan, module, components=training.components // 2)
-    if module != "gan":
+    if module not in ("gan", "translation"):
         # Discriminators are not averaged, so other sites do not help one.
         more = [site.model_copy(update={"name": f"{site.name[:58]}-2"}) for site in plan.sites]
         changed["twice the sites"] = plan.model_copy(update={"sites": [*plan.sites, *more]})
@@ -136,7 +136,7 @@ def _with_twice_the_patients(plan: StudyPlan) -> StudyPlan:
     """Batches grow along, so every sample rate and noise multiplier stays as it is."""
     sites = [site.model_copy(update={"nominal_patients": 2 * site.nominal_patients}) for site in plan.sites]
     trainings: dict[str, Any] = {}
-    for module in TRAINED:
+    for module in plan.modules:
         training = plan.training(module)
         if isinstance(training, TrainingPlan):
             trainings[module] = training.model_copy(update={"expected_batch": 2 * training.expected_batch})

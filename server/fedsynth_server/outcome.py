@@ -10,6 +10,7 @@ them: post-processing, without privacy cost. Of each kind of module another thin
   alone makes (`fedsynth_server.random_walk`). The weights of a warm start are no longer there after the run, so of such a
   network only the lengths of its rounds tell, and those seldom.
 - *GAN*: nothing. The noisy discriminators stay at their sites, and a generator moves as far when it follows a blind one.
+- *Translation*: nothing. Its generators move by the moments of optimisers that stay at the sites as well.
 """
 
 from __future__ import annotations
@@ -106,6 +107,15 @@ def _outcome(plan: StudyPlan, state: StudyState, foretold: ModuleForecast) -> Mo
         return _of_moments(plan, state.fits["moments"], foretold)
     if foretold.module == "embedding":
         return _of_embedding(state.fits["embedding"], foretold)
+    if foretold.module == "translation":
+        return _made(
+            foretold,
+            "open",
+            None,
+            None,
+            "Discriminators and the moments of all optimisers stay at the sites, so how far noise alone would have moved "
+            "the translators is not known here: only held-out patients with both domains tell whether they translate.",
+        )
     if foretold.module == "gan" or not isinstance(training, TrainingPlan):
         return _made(
             foretold,

@@ -36,6 +36,7 @@ WEIGHTS: dict[Activity, str] = {
     "radiogenomics": "radiogenomics",
     "embedding": "embedding",
     "gan": "generator",
+    "translation": "translation",
     "evaluation": "evaluation",
 }
 # The record with the public weights that a statistic's rows are computed with.
@@ -51,6 +52,8 @@ PROGRESS: dict[Activity, frozenset[str]] = {
     "autoencoder": frozenset({"update_norm"}),
     "radiogenomics": frozenset({"update_norm"}),
     "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
+    # Its losses are of translated private slices, so none of them is a function of noisy states alone.
+    "translation": frozenset({"update_norm"}),
     "evaluation": frozenset(),
 }
 # Receipt of the ledger: public functions of public plans, and the digest of the ledger's newest entry. Both epsilons are of

@@ -14,10 +14,13 @@ from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import UsageError
-from fedsynth.plan import TRAINED, Activity, Module, StudyPlan
+from fedsynth.plan import Activity, Module, StudyPlan
 from fedsynth_client.auditing.checks import Noiseless
 from fedsynth_client.auditing.run import audit_module, audit_plan
 from fedsynth_client.auditing.standins import alike, canary_patients, flat, released, stand_in, step_weights
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 EVERYBODY = Mechanism(1.0, 2.0, 1)
 PUBLIC = {"sha256": "0" * 64, "provenance": "made up here"}

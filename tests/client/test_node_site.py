@@ -21,7 +21,7 @@ from fedsynth.deployment.certificates import make_ca
 from fedsynth.deployment.keys import make_node_key, public_key_bytes
 from fedsynth.deployment.network import Unreachable
 from fedsynth.errors import FedsynthError, Refused, UsageError
-from fedsynth.plan import TRAINED, Module, StudyPlan, load_plan, save_plan
+from fedsynth.plan import Module, StudyPlan, load_plan, save_plan
 from fedsynth.records import check_reply
 from fedsynth_client.audit import audit
 from fedsynth_client.cli import app as site_cli
@@ -37,6 +37,9 @@ from fedsynth_client.outbox import Outbox
 from fedsynth_client.sent import sent
 from fedsynth_client.setup import find_plan, init_node
 from fedsynth_client.site import Site
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 Ask = Callable[[Site, Module, RecordDict], RecordDict]
 Content = Callable[..., RecordDict]

@@ -12,7 +12,7 @@ import pytest
 from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.deployment.checks import Line
 from fedsynth.errors import FedsynthError, Refused, UsageError
-from fedsynth.plan import TRAINED, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth_client.account import account, render
 from fedsynth_client.ledger import Limit, Task
 from fedsynth_client.outbox import Outbox
@@ -20,6 +20,9 @@ from fedsynth_client.policy import SitePolicy, check_module, check_patients, che
 from fedsynth_client.preflight import preflight
 from fedsynth_client.setup import init_site, plan_summary
 from fedsynth_client.site import Site
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 
 def spend(site: Site, plan: StudyPlan, module: str = "autoencoder", rounds: int = 1) -> None:

@@ -25,7 +25,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from fedsynth.budget import mechanism
 from fedsynth.errors import FedsynthError, JobFailed
-from fedsynth.plan import MODULES, TRAINED, Module, StudyPlan, WarmStart
+from fedsynth.plan import MODULES, Module, StudyPlan, WarmStart
 from fedsynth.records import WEIGHTS, State, from_record, state_digest, task_record, to_record
 from fedsynth_client import rounds
 from fedsynth_client.app import app as client_app
@@ -37,6 +37,9 @@ from fedsynth_client.site import Site
 from fedsynth_client.training.block import BlockResult
 from fedsynth_server.checkpoint import first_state
 from fedsynth_simulations.grid import InProcessGrid
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 Ask = Callable[[Site, Module, RecordDict], RecordDict]
 Content = Callable[..., RecordDict]

@@ -16,12 +16,15 @@ from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import TRAINED, Module, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth.records import PROGRESS, State
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
 from fedsynth_client.training.block import BlockResult, update_norm
 from fedsynth_client.training.profiles import train_autoencoder, train_radiogenomics
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook")
 

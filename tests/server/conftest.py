@@ -25,11 +25,11 @@ from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
 from fedsynth.dp.accounting import Mechanism as Charged
 from fedsynth.dp.accounting import epsilon
 from fedsynth.plan import (
-    TRAINED,
     AutoencoderPlan,
     GanPlan,
     GenePlan,
     ImagePlan,
+    Module,
     PrivacyPlan,
     RadiogenomicsPlan,
     SitePlan,
@@ -39,6 +39,9 @@ from fedsynth.statement import Mechanism, PrivacyStatement, SiteStatement
 from fedsynth.synthetic import SyntheticPatient, subject_digest
 from fedsynth_server.release.make import make_release
 from fedsynth_server.release.manifest import generate_key
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 RELEASED = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
 NOISE, STEPS, BATCH = 2.5, 60, 20

@@ -11,13 +11,16 @@ import torch
 
 from fedsynth.budget import noise_multipliers, planned_epsilon
 from fedsynth.engines import embedding, moments
-from fedsynth.plan import TRAINED, Module, PublicWeights, StudyPlan, TrainingPlan, WarmStart
+from fedsynth.plan import Module, PublicWeights, StudyPlan, TrainingPlan, WarmStart
 from fedsynth.recommend import PublicStarts, recommend
 from fedsynth.records import PUBLIC, State
 from fedsynth_server.engine_advice import engine_advice, image_engine
 from fedsynth_server.forecast import HARD, HOPELESS, STATISTIC_HARD, Forecast, forecast, noise_to_signal, parameters
 from fedsynth_server.levers import Levers, levers
 from fedsynth_server.statistics_forecast import RESIDUAL
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 NAMED = PublicWeights(sha256="0" * 64, provenance="weights of a test")
 WARM = WarmStart(generator_sha256="0" * 64, discriminator_sha256="1" * 64, provenance="weights of a test")

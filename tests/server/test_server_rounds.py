@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 
 from fedsynth.errors import JobFailed
-from fedsynth.plan import MODULES, TRAINED, SitePlan, StudyPlan, load_plan
+from fedsynth.plan import MODULES, Module, SitePlan, StudyPlan, load_plan
 from fedsynth.records import State, refusal
 from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
@@ -26,6 +26,9 @@ from fedsynth_server.forecast import forecast
 from fedsynth_server.rounds import Patience, run_study
 from fedsynth_server.status import StatusFile, StudyStatus, read_status
 from fedsynth_simulations.grid import InProcessGrid
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 NODES = {10: "a", 11: "b"}
 Spoil = Callable[[Message], Message | None]

@@ -11,7 +11,7 @@ import pytest
 
 from fedsynth.budget import planned_epsilon
 from fedsynth.errors import Refused
-from fedsynth.plan import TRAINED, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.policy import save_policy
 from fedsynth_client.setup import plan_summary
@@ -20,6 +20,9 @@ from fedsynth_server.checkpoint import Receipt, StudyState, first_state
 from fedsynth_server.rounds import run_study
 from fedsynth_server.statement import privacy_statement
 from fedsynth_simulations.grid import InProcessGrid
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 Study = Callable[..., StudyState]
 

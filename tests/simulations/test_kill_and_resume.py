@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 
 from fedsynth.budget import planned_epsilon
-from fedsynth.plan import TRAINED, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.site import Site
 from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import StudyState, load_state
 from fedsynth_simulations.grid import InProcessGrid, run_in_process
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 NODES = {10: "a", 11: "b"}
 

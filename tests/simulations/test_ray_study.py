@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fedsynth.plan import TRAINED, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth_client.site import Site
 from fedsynth_server.checkpoint import load_state
 from fedsynth_simulations.ray import run_over_ray
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 
 @pytest.mark.slow

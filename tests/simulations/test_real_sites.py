@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsynth.evaluation.values import Evaluation
-from fedsynth.plan import TRAINED, StudyPlan
+from fedsynth.plan import Module, StudyPlan
 from fedsynth.synthetic import subject_digest
 from fedsynth_client.account import account
 from fedsynth_client.site import Site
@@ -17,6 +17,9 @@ from fedsynth_server.release.verify import verify
 from fedsynth_simulations import study
 from fedsynth_simulations.plans import study_plan
 from fedsynth_simulations.study import Settings, run
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FEDSYNTH_REAL_DATA", ROOT.parent / "shared" / "data")) / "tcga_lgg"

@@ -19,7 +19,7 @@ from torch import Tensor
 from fedsynth.budget import evaluation_mechanism, planned_epsilon
 from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators, noisy_scores, rows
 from fedsynth.evaluation.site_values import FILE, SiteEvaluation
-from fedsynth.plan import MODULES, TRAINED, Section, SiteEvaluationPlan, StudyPlan, save_plan
+from fedsynth.plan import MODULES, Module, Section, SiteEvaluationPlan, StudyPlan, save_plan
 from fedsynth_client.app import app as client_app
 from fedsynth_client.cohort import load_cohort
 from fedsynth_client.evaluation.patients import patients_of
@@ -34,6 +34,9 @@ from fedsynth_simulations.grid import InProcessGrid, run_in_process
 from fedsynth_simulations.hospitals import write_hospitals
 from fedsynth_simulations.plans import simulated_genes, study_plan
 from fedsynth_simulations.weights import packaged_warm_start
+
+# The trained modules of the plan that these tests run.
+TRAINED: tuple[Module, ...] = ("autoencoder", "radiogenomics", "gan")
 
 
 def true_rows(plan: StudyPlan, state: StudyState, site: Site) -> Tensor:

@@ -20,6 +20,7 @@ MODULE_TITLES = {
     "radiogenomics": "Radiogenomic DNN",
     "embedding": "Mean embedding of images",
     "gan": "Conditional GAN",
+    "translation": "Translation between domains",
     "evaluation": "Evaluation by the sites",
 }
 

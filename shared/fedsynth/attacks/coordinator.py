@@ -34,6 +34,7 @@ _NAMES: dict[Module, str] = {
     "radiogenomics": "radiogenomic DNN",
     "embedding": "embedding",
     "gan": "generator",
+    "translation": "translators",
 }
 _TOTAL = "total"
 _SEEN = "the weights of every round that it sent to the site and got back"

@@ -34,6 +34,7 @@ def usable(module: Module, patients: Patients) -> NDArray[np.bool_]:
         "radiogenomics": genes & images,
         "embedding": images,
         "gan": images,
+        "translation": images,
     }[module]
 
 
