@@ -140,7 +140,8 @@ def _run(
         "" if private else ", NOT PRIVATE",
     )
     try:
-        result = _train(plan, task, incoming, local, cohort, block, randomness)
+        first_step = (task.round - 1) * block.steps
+        result = _train(plan, task.module, incoming, local, cohort, first_step, block, randomness)
         check_state(result.weights, WEIGHTS[task.module], norm_limit(task.module))
     except Exception as error:
         # That training failed is told, and may depend on who was drawn: to run it again under the same charge would
@@ -153,14 +154,14 @@ def _run(
 
 def _train(
     plan: StudyPlan,
-    task: Task,
+    module: Activity,
     incoming: dict[str, State],
     local: State,
     cohort: Cohort,
+    first_step: int,
     block: Mechanism,
     randomness: Randomness,
 ) -> BlockResult:
-    module, first_step = task.module, (task.round - 1) * block.steps
     if module == "evaluation":
         return evaluate_holdout(evaluators(plan, incoming), cohort, block, SiteEvaluationPlan.max_grad_norm, randomness)
     genes = torch.from_numpy(cohort.genes)

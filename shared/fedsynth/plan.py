@@ -256,12 +256,17 @@ class AutoencoderPlan(TrainingPlan):
 
 
 class RadiogenomicsPlan(TrainingPlan):
-    """Radiogenomic DNN: genes -> morphology and label."""
+    """Radiogenomic DNN: genes -> morphology and label.
+
+    `nonnegative_output` holds the weights of the morphology layer at or above 0 after each step, `nonnegative_weights` those
+    of every layer: the literal wording of the radiogenomic paper, at the price of the fit.
+    """
 
     hidden: list[Count] = Field(default=[128, 64, 32], min_length=1)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     start_from_encoder: bool = True
     nonnegative_output: bool = False
+    nonnegative_weights: bool = False
 
 
 class WarmStart(Section):

@@ -1,8 +1,8 @@
 """Private training of the two networks over expression profiles: autoencoder and radiogenomic DNN.
 
-A block draws, clips and noises whole patients and steps with Adam. Adam's moments start anew in every block: they are
-functions of noisy gradients and could be kept, but averaging over sites moves the weights away from where they were
-gathered.
+A block draws, clips and noises whole patients and steps with the plan's optimiser. Its moments start anew in every block:
+they are functions of noisy gradients and could be kept, but averaging over sites moves the weights away from where they
+were gathered. The learning rate goes on from block to block: it depends on the step's number alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, poisson_draw
 from fedsynth.dp.step import make_private, private_step
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
-from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, project_nonnegative_output, radiogenomic_losses
+from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, project_nonnegative, radiogenomic_losses
 from fedsynth.plan import StudyPlan, TrainingPlan
 from fedsynth.records import State
+from fedsynth.schedules import set_learning_rate
 from fedsynth_client.training.block import BlockResult, detached, public_generator, update_norm
 
 # Rows of the drawn patients and the module -> one loss a patient.
@@ -27,9 +28,18 @@ PatientLosses = Callable[[Tensor, nn.Module], Tensor]
 
 
 def train_autoencoder(
-    plan: StudyPlan, weights: State, genes: Tensor, mechanism: Mechanism, randomness: Randomness
+    plan: StudyPlan,
+    weights: State,
+    genes: Tensor,
+    mechanism: Mechanism,
+    randomness: Randomness,
+    *,
+    first_step: int = 0,
 ) -> BlockResult:
-    """One block of the autoencoder on profiles `genes` (N, G), one row a training patient."""
+    """One block of the autoencoder on profiles `genes` (N, G), one row a training patient.
+
+    `first_step` is the number of this block's first step over all rounds, for the plan's schedule.
+    """
     model = make_autoencoder(plan)
     generator = public_generator(randomness)
 
@@ -37,7 +47,7 @@ def train_autoencoder(
         noise = torch.randn(len(drawn), plan.autoencoder.latent_dim, generator=generator)
         return autoencoder_losses(module, genes[drawn], noise, plan.autoencoder.kl_weight)
 
-    return _train(plan.autoencoder, model, weights, len(genes), losses, mechanism, randomness)
+    return _train(plan.autoencoder, model, weights, len(genes), losses, mechanism, randomness, first_step)
 
 
 def train_radiogenomics(
@@ -48,6 +58,8 @@ def train_radiogenomics(
     labels: Tensor,
     mechanism: Mechanism,
     randomness: Randomness,
+    *,
+    first_step: int = 0,
 ) -> BlockResult:
     """One block of the radiogenomic DNN.
 
@@ -59,6 +71,7 @@ def train_radiogenomics(
         labels: (N,) class codes, -1 where unknown.
         mechanism: sampling, noise and number of steps.
         randomness: of draws and noise.
+        first_step: number of this block's first step over all rounds, for the plan's schedule.
     """
     model = make_radiogenomic_dnn(plan)
 
@@ -66,13 +79,14 @@ def train_radiogenomics(
         return radiogenomic_losses(module, genes[drawn], morphology[drawn], labels[drawn])
 
     def project() -> None:
-        if plan.radiogenomics.nonnegative_output:
-            project_nonnegative_output(model)
+        project_nonnegative(model, plan.radiogenomics)
 
     # Dropout draws from torch's global stream; its masks need no secrecy, only independence of the data.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_generator(randomness).initial_seed())
-        return _train(plan.radiogenomics, model, weights, len(genes), losses, mechanism, randomness, project)
+        return _train(
+            plan.radiogenomics, model, weights, len(genes), losses, mechanism, randomness, first_step, project
+        )
 
 
 def _train(
@@ -83,24 +97,33 @@ def _train(
     losses: PatientLosses,
     mechanism: Mechanism,
     randomness: Randomness,
+    first_step: int,
     after_step: Callable[[], None] = lambda: None,
 ) -> BlockResult:
     model.load_state_dict(weights)
     model.train()
+    optimizer = _optimizer(model, training)
     private = make_private(
         model,
-        torch.optim.Adam(model.parameters(), lr=training.learning_rate),
+        optimizer,
         noise_multiplier=mechanism.noise_multiplier,
         max_grad_norm=training.max_grad_norm,
         expected_batch=training.expected_batch,
         randomness=randomness,
     )
-    for _ in range(mechanism.steps):
+    for step in range(first_step, first_step + mechanism.steps):
+        set_learning_rate(optimizer, training.learning_rate, training, step)
         drawn = poisson_draw(patients, mechanism.sample_rate, randomness)
         private_step(private, len(drawn), partial(_at, losses, drawn))
         after_step()
     after = detached(model.state_dict())
     return BlockResult(after, {"update_norm": update_norm(weights, after)}, {})
+
+
+def _optimizer(model: nn.Module, training: TrainingPlan) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=training.learning_rate, momentum=training.momentum)
+    return torch.optim.Adam(model.parameters(), lr=training.learning_rate)
 
 
 def _at(losses: PatientLosses, drawn: Tensor, module: nn.Module, positions: Tensor) -> Tensor:

@@ -20,7 +20,11 @@ def _stack(widths: list[int], activation: str) -> nn.Sequential:
 
 
 class GeneAutoencoder(nn.Module):
-    """G genes -> hidden layers -> latent -> hidden layers -> G genes."""
+    """G genes -> hidden layers -> latent -> hidden layers -> G genes.
+
+    With the plan's default sizes that is five hidden layers. Without the variational term the innermost ends in a tanh
+    whatever the other layers have, so that its values are bounded and `prior` has a range to draw from.
+    """
 
     def __init__(self, genes: int, plan: AutoencoderPlan) -> None:
         super().__init__()

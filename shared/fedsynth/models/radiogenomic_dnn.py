@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsynth.models.gene_autoencoder import _ACTIVATIONS, GeneAutoencoder
-from fedsynth.plan import StudyPlan
+from fedsynth.plan import RadiogenomicsPlan, StudyPlan
 
 # A patient's gradient is clipped as one, so the label, whose loss is the steeper, must not use up the whole clip. Tried on
 # simulated cohorts: with equal weights the label is learnt and the morphology is not.
@@ -78,10 +78,25 @@ def start_from_encoder(dnn: RadiogenomicDNN, autoencoder: GeneAutoencoder) -> in
 
 
 def project_nonnegative_output(dnn: RadiogenomicDNN) -> None:
-    """Set negative weights of the morphology layer to zero: a projection after the step, hence post-processing.
-
-    The radiogenomic literature asks for non-negative weights; applied to every layer they ruin the fit, so only the
-    output layer is constrained.
-    """
+    """Set negative weights of the morphology layer to zero: a projection after the step, hence post-processing."""
     with torch.no_grad():
         dnn.morphology.weight.clamp_(min=0.0)
+
+
+def project_nonnegative_weights(dnn: RadiogenomicDNN) -> None:
+    """Set negative weights of every layer to zero, biases excepted; also post-processing.
+
+    So the radiogenomic literature words it. No gene can then lower what another raises, which ruins the fit wherever
+    expression is centred: `project_nonnegative_output` constrains what the wording was after.
+    """
+    with torch.no_grad():
+        for layer in (*dnn.hidden, dnn.morphology, dnn.label):
+            layer.weight.clamp_(min=0.0)
+
+
+def project_nonnegative(dnn: RadiogenomicDNN, plan: RadiogenomicsPlan) -> None:
+    """Project onto the weights that `plan` allows: all of them, where it asks for none that are non-negative."""
+    if plan.nonnegative_weights:
+        project_nonnegative_weights(dnn)
+    elif plan.nonnegative_output:
+        project_nonnegative_output(dnn)
