@@ -171,8 +171,12 @@ def _of_network(
     if training.steps_per_round == 1 or not rows:
         text = "Rounds of a single step move the weights equally far with noise and without."
         return _made(foretold, "open", None, None, text)
-    if module == "radiogenomics" and plan.radiogenomics.nonnegative_output:
+    held = plan.radiogenomics.nonnegative_output or plan.radiogenomics.nonnegative_weights
+    if module == "radiogenomics" and held:
         return _made(foretold, "open", None, None, "Weights that are held non-negative do not walk as noise would.")
+    if training.optimizer != "adam" or training.schedule != "constant":
+        text = "How far noise alone moves the weights is known here for Adam at a constant learning rate alone."
+        return _made(foretold, "open", None, None, text)
     start = _start(plan, state, module)
     if start is None:
         return _by_length(plan, training, rows, foretold)

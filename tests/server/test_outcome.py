@@ -234,7 +234,16 @@ def test_after_a_warm_start_only_lengths_tell(tiny_plan: StudyPlan) -> None:
     assert marched.noise_to_signal == pytest.approx(math.sqrt(walk(40) * (1 - share) / (1600 * share * 4)))
 
 
-@pytest.mark.parametrize("change", [{"steps_per_round": 1}, {"nonnegative_output": True}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps_per_round": 1},
+        {"nonnegative_output": True},
+        {"nonnegative_weights": True},
+        {"optimizer": "sgd"},
+        {"schedule": "linear"},
+    ],
+)
 def test_what_cannot_be_told_is_left_open(tiny_plan: StudyPlan, change: dict[str, Any]) -> None:
     plan = networks_plan(tiny_plan)
     section = plan.radiogenomics.model_dump() | change
