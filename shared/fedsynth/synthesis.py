@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsynth.domains import sequence_channels
 from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import Generator
 from fedsynth.models.gene_autoencoder import GeneAutoencoder, generate_expression
@@ -29,6 +30,10 @@ class SyntheticProfiles:
     genes: Tensor
     morphology: Tensor
     labels: Tensor
+
+    def take(self, rows: Tensor) -> SyntheticProfiles:
+        """The patients of the row numbers `rows`."""
+        return SyntheticProfiles(self.genes[rows], self.morphology[rows], self.labels[rows])
 
 
 def draw_profiles(
@@ -60,9 +65,16 @@ def draw_profiles(
 
 
 def draw_patients(
-    plan: StudyPlan, generator_model: Generator, profiles: SyntheticProfiles, generator: torch.Generator
+    plan: StudyPlan,
+    generator_model: Generator,
+    profiles: SyntheticProfiles,
+    generator: torch.Generator,
+    translator: nn.Module | None = None,
 ) -> list[SyntheticPatient]:
     """Draw a volume for each profile: one z a patient, every slice position of the plan.
+
+    With a `translator`, from the plan's source sequence to its target (B, 1, H, W), a patient's target sequence is the
+    translation of the source sequence that was drawn: both show one anatomy.
 
     Returns:
         One patient a profile, ``SYN0001`` onwards, images in [0, 1], mask 1 where the mask channel is above its middle.
@@ -80,6 +92,9 @@ def draw_patients(
         )
         with torch.no_grad():
             volume = generator_model(z, code).transpose(0, 1)
+            if translator is not None:
+                source, target = sequence_channels(plan)
+                volume[target] = translator.eval()(volume[source][:, None])[:, 0]
         patients.append(
             SyntheticPatient(
                 participant_id=f"SYN{i + 1:04d}",
