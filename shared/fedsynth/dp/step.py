@@ -9,14 +9,19 @@ constant. The public loss (a GAN's fake batch) depends on earlier noisy states a
 clipped nor noised. Opacus' `DPOptimizer.add_noise` *sets* ``p.grad``: whatever was there before is lost, which is why
 the public gradient comes after the noise and before the inner optimiser's step.
 
-Clipped sums come from one of two backends: ``"bookkeeping"`` (`fedsynth.dp.bookkeeping`, fast and small) or ``"hooks"``
-(Opacus' per-sample gradients). Both add up chunks of patients, so memory does not grow with the draw.
+Several networks may be one model: their gradients are then one vector a patient, clipped as one. Clipped each for itself,
+m networks would move the sum by up to sqrt(m) C.
+
+Clipped sums come from one of three backends: ``"bookkeeping"`` (`fedsynth.dp.bookkeeping`, fast and small), ``"hooks"``
+(Opacus' per-sample gradients) or ``"functional"`` (`fedsynth.dp.functional`: each patient's own gradient, for losses that
+differentiate twice, use a network more than once or join several). All add up chunks of patients, so memory does not grow
+with the draw.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -31,15 +36,20 @@ from torch.nn.utils import parametrize
 
 from fedsynth.dp.bookkeeping import Bookkeeper, UnsupportedLayerError, weights_of_one_step
 from fedsynth.dp.bookkeeping.mixing import check_forward, watched
+from fedsynth.dp.functional import PatientLosses, clipped_sums_of, default_chunk, fixed_parametrisations
 from fedsynth.dp.randomness import Randomness
 
 # Torch's remark on Opacus' hooks at the first layer, whose input needs no gradient: meant, and repeated at every step.
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
-Backend = Literal["bookkeeping", "hooks"]
+Backend = Literal["bookkeeping", "hooks", "functional"]
 # The module and positions (int64) in the draw -> losses (len(positions) * k,), the k items of a patient being neighbours.
 PrivateLosses = Callable[[nn.Module, Tensor], Tensor]
+# Positions (int64) in the draw -> tensors (len(positions), k, ...) of those patients.
+PatientTensors = Callable[[Tensor], Sequence[Tensor]]
 PublicLoss = Callable[[nn.Module], Tensor]
+# A loss of each part, with the parameters that it moves: any others that it uses are constants to it.
+PublicParts = Sequence[tuple[PublicLoss, Sequence[nn.Parameter]]]
 
 # Patients at once. Measured (docs/private-step.md): with fewer the kernels' fixed costs show, more are not faster.
 CHUNK = 64
@@ -103,7 +113,8 @@ class PrivateModel:
         model: the model, whose state is what is stored and sent.
         module: what computes private losses: the model, or Opacus' wrapper around it.
         optimizer: noises, scales and steps.
-        bookkeeper: computes clipped sums; None with Opacus' hooks.
+        backend: how clipped sums are computed.
+        bookkeeper: computes clipped sums; None with another backend.
         autocast: lower precision of forward and backward passes, or None.
         tested_for_mixing: whether a step has shown that samples do not see each other.
     """
@@ -111,14 +122,10 @@ class PrivateModel:
     model: nn.Module
     module: nn.Module
     optimizer: PatientDPOptimizer
+    backend: Backend
     bookkeeper: Bookkeeper | None
     autocast: torch.dtype | None
     tested_for_mixing: bool = False
-
-    @property
-    def backend(self) -> Backend:
-        """How clipped sums are computed."""
-        return "hooks" if self.bookkeeper is None else "bookkeeping"
 
     @contextmanager
     def public(self) -> Iterator[nn.Module]:
@@ -148,19 +155,21 @@ def make_private(
 
     Args:
         model: no layer of it may mix samples (no BatchNorm, no statistics over the batch).
-        optimizer: an optimiser over `model`'s parameters.
+        optimizer: an optimiser over `model`'s parameters, or some of them: what it has not is a constant, neither
+            counted in a patient's norm nor noised. Its groups may have learning rates of their own.
         noise_multiplier: noise standard deviation over `max_grad_norm`.
         max_grad_norm: clipping norm C of a patient's gradient.
         expected_batch: the public divisor B.
         randomness: source of the noise.
-        backend: by default ``"bookkeeping"`` where every layer has an exact rule, else ``"hooks"``.
+        backend: by default ``"bookkeeping"`` where every layer has an exact rule, else ``"hooks"``; ``"functional"``
+            is stepped by `private_step_of` alone.
         autocast: run forward and backward passes in this precision (torch.bfloat16), norms, clipping and sums in
             float32: the step is then that of slightly different gradients, clipped exactly. Bookkeeping only.
 
     Raises:
         opacus.validators.errors.UnsupportedModuleError: a layer mixes samples.
         UnsupportedLayerError: a layer has no per-patient gradient rule.
-        ValueError: `autocast` with hooks.
+        ValueError: `autocast` with another backend than book-keeping.
     """
     ModuleValidator.validate(model, strict=True)
     private_optimizer = PatientDPOptimizer(
@@ -170,26 +179,28 @@ def make_private(
         expected_batch_size=expected_batch,
         randomness=randomness,
     )
-    if backend != "hooks":
+    if backend is None or backend == "bookkeeping":
         try:
             bookkeeper = Bookkeeper(model, private_optimizer.params)
-            return PrivateModel(model, model, private_optimizer, bookkeeper, autocast)
+            return PrivateModel(model, model, private_optimizer, "bookkeeping", bookkeeper, autocast)
         except UnsupportedLayerError:
             if backend == "bookkeeping":
                 raise
     if autocast is not None:
         raise ValueError("autocast needs the backend bookkeeping, whose norms are computed in float32")
+    if backend == "functional":
+        return PrivateModel(model, model, private_optimizer, "functional", None, None)
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise UnsupportedLayerError("Opacus' hooks have no rule for parametrised weights")
     module = GradSampleModule(model, loss_reduction="mean", strict=True)
-    return PrivateModel(model, module, private_optimizer, None, None)
+    return PrivateModel(model, module, private_optimizer, "hooks", None, None)
 
 
 def private_step(
     private: PrivateModel,
     patients: int,
     private_losses: PrivateLosses,
-    public_loss: PublicLoss | None = None,
+    public_loss: PublicLoss | PublicParts | None = None,
     *,
     items_per_patient: int = 1,
     chunk: int = CHUNK,
@@ -203,17 +214,19 @@ def private_step(
             (len(positions) * k,), the k items of a patient being neighbours. A patient's gradient is the mean over its k
             items and is clipped as one; one that is not finite counts as 0 (with hooks: its values that are not finite).
         public_loss: maps the model to a scalar that depends on no private data given the model; its gradient is added
-            unclipped and without noise. A plain backward pass.
+            unclipped and without noise. A plain backward pass. Or several such losses, each with the parameters that it
+            moves.
         items_per_patient: k. Stated, since losses of other patients than those asked for could pass as further items.
         chunk: patients whose clipped gradients are computed at once. The result does not depend on it.
 
     Raises:
-        ValueError: the losses are not k a patient, or `chunk` is not positive.
+        ValueError: the losses are not k a patient, `chunk` is not positive, or the backend is functional.
         MixedSamplesError: at the first step with several items: a sample's output or loss depends on another sample.
         UnsupportedLayerError: the losses use the model in a way whose per-patient gradient is not known.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, not {chunk}")
+    _check_chunk(chunk)
+    if private.backend == "functional":
+        raise ValueError("the functional backend takes the losses of one patient: use private_step_of")
     private.optimizer.zero_grad(set_to_none=True)
     accumulate = _accumulate_with_hooks if private.bookkeeper is None else _accumulate
     with weights_of_one_step(private.model):
@@ -227,6 +240,83 @@ def private_step(
             if seen is not None:
                 check_forward(private.model, seen, items)
                 private.tested_for_mixing = items > 1
+    _release(private, public_loss)
+
+
+def private_step_of(
+    private: PrivateModel,
+    patients: int,
+    tensors: PatientTensors,
+    losses: PatientLosses,
+    public_loss: PublicLoss | PublicParts | None = None,
+    *,
+    chunk: int | None = None,
+) -> None:
+    """One noisy step, as `private_step`, whose losses are a function of patients' tensors; for every backend.
+
+    With the functional backend a patient's gradient is that of ``losses`` on its tensors alone; nothing of another patient
+    can reach it by way of them. With the others all patients of a chunk are one call.
+
+    Args:
+        private: the model and its optimiser.
+        patients: number of patients drawn; 0 is allowed: the step is then noise alone.
+        tensors: maps positions in the draw (int64, in 0 ... patients - 1) to tensors (len(positions), k, ...) each.
+        losses: called with the module and tensors (n, ...) of items; gives losses (n,). With the functional backend n is
+            k, the items are one patient's, and one loss () of them all is allowed too. It may differentiate twice, with
+            `fedsynth.dp.functional.input_gradients`, and use the module in any way.
+        public_loss: as in `private_step`.
+        chunk: patients whose clipped gradients are computed at once; by default what suits the backend and the model.
+
+    Raises:
+        ValueError: losses or tensors of another shape, or `chunk` is not positive.
+        MixedSamplesError, UnsupportedLayerError: as in `private_step`.
+    """
+    if private.backend == "functional":
+        _functional_step(private, patients, tensors, losses, public_loss, chunk)
+        return
+    items = len(_checked(tensors(torch.arange(1)), 1)[0][0]) if patients else 1
+
+    def of_items(module: nn.Module, positions: Tensor) -> Tensor:
+        return losses(module, *(tensor.flatten(0, 1) for tensor in _checked(tensors(positions), len(positions))))
+
+    at_once = max(CHUNK // items, 1) if chunk is None else chunk
+    private_step(private, patients, of_items, public_loss, items_per_patient=items, chunk=at_once)
+
+
+def _functional_step(
+    private: PrivateModel,
+    patients: int,
+    tensors: PatientTensors,
+    losses: PatientLosses,
+    public_loss: PublicLoss | PublicParts | None,
+    chunk: int | None,
+) -> None:
+    parameters, clip = private.optimizer.params, float(private.optimizer.max_grad_norm)
+    at_once = default_chunk(parameters) if chunk is None else chunk
+    _check_chunk(at_once)
+    private.optimizer.zero_grad(set_to_none=True)
+    with fixed_parametrisations(private.model):
+        for positions in torch.arange(patients).split(at_once) if patients else ():
+            of_chunk = _checked(tensors(positions), len(positions))
+            private.optimizer.accumulate(clipped_sums_of(private.model, parameters, of_chunk, losses, clip))
+    _release(private, public_loss)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, not {chunk}")
+
+
+def _checked(tensors: Sequence[Tensor], patients: int) -> Sequence[Tensor]:
+    """`tensors`, if all are (patients, k, ...) with one k of at least 1."""
+    shapes = {tuple(tensor.shape[:2]) for tensor in tensors}
+    if len(shapes) != 1 or (shape := shapes.pop())[0] != patients or len(shape) != 2 or shape[1] < 1:
+        raise ValueError(f"tensors of {patients} patients must all have shape ({patients}, k, ...)")
+    return tensors
+
+
+def _release(private: PrivateModel, public_loss: PublicLoss | PublicParts | None) -> None:
+    """Noise what was accumulated, add the public gradient and step."""
     private.optimizer.release()
     if public_loss is not None:
         for parameter, gradient in zip(private.optimizer.params, _public_gradient(private, public_loss), strict=True):
@@ -272,8 +362,38 @@ def _autocast(private: PrivateModel) -> torch.autocast:
     return torch.autocast(device, dtype=private.autocast, enabled=private.autocast is not None)
 
 
-def _public_gradient(private: PrivateModel, loss: PublicLoss) -> tuple[Tensor, ...]:
-    with private.public() as model:
-        with _autocast(private):
-            value = loss(model)
-        return torch.autograd.grad(value, private.optimizer.params)
+def _public_gradient(private: PrivateModel, loss: PublicLoss | PublicParts) -> list[Tensor]:
+    with private.public() as model, _autocast(private):
+        return public_gradients(model, private.optimizer.params, loss)
+
+
+def public_gradients(
+    model: nn.Module, parameters: Sequence[nn.Parameter], loss: PublicLoss | PublicParts
+) -> list[Tensor]:
+    """Gradients of `loss` by `parameters`, in their shapes; 0 where it does not reach one.
+
+    Args:
+        model: what the losses are called with.
+        parameters: what trains.
+        loss: one loss of all `parameters`, or several, each with the parameters that it moves.
+
+    Raises:
+        ValueError: a part moves what does not train.
+    """
+    parts = [(loss, parameters)] if callable(loss) else loss
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    found = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+    for of_part, moved in parts:
+        if any(id(parameter) not in places for parameter in moved):
+            raise ValueError("a public loss moves parameters that the optimiser has not")
+        gradients = torch.autograd.grad(of_part(model), list(moved), allow_unused=True, materialize_grads=True)
+        for parameter, gradient in zip(moved, gradients, strict=True):
+            found[places[id(parameter)]] += gradient
+    return found
+
+
+def clamp_weights(parameters: Iterable[nn.Parameter], bound: float) -> None:
+    """Limit every weight to [-bound, bound], in place (WGAN, Arjovsky et al. 2017): of a noised state, post-processing."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.clamp_(-bound, bound)
