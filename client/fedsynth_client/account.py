@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import BaseModel
 
 from fedsynth.dp.accounting import PRV_LEAST_DELTA, Accountant, Mechanism, epsilon
+from fedsynth.epsilons import Epsilon, shown
 from fedsynth.errors import FedsynthError, UsageError
 from fedsynth.plan import Population
 from fedsynth_client.cohort import read_entries, split_digest
@@ -15,7 +18,8 @@ from fedsynth_client.site import Site
 class Spending(BaseModel):
     """What one module of one study was charged, and to whom.
 
-    `epsilon_alone` is of this module by itself at the policy's delta.
+    `epsilon_alone` is of this module by itself at the policy's delta; infinite (in JSON ``null``) without privacy. `private`
+    is false of a study without privacy, and where the noise came from a fixed seed.
     """
 
     study: str
@@ -26,7 +30,7 @@ class Spending(BaseModel):
     noise_multiplier: float
     max_grad_norm: float
     private: bool
-    epsilon_alone: float
+    epsilon_alone: Epsilon
     population: Population = "train"
 
 
@@ -36,16 +40,19 @@ class Account(BaseModel):
     `epsilon`, `max_epsilon` and `left` are of training patients; the same names with `holdout` are of held-out patients, who
     are other people. Where the cohort was prepared anew since a charge, that charge counts against both.
     `accountant` is that of the study charged last: as `epsilon` was judged then, so it reads here.
+    Where these patients took part in a study without privacy their epsilon is infinite, in JSON ``null``. `marks` says in
+    words why something of the account protects nobody; it is empty where all is private.
     """
 
     site: str
+    marks: list[str]
     spendings: list[Spending]
-    epsilon: float
+    epsilon: Epsilon
     delta: float
     accountant: Accountant
     max_epsilon: float
     left: float
-    holdout_epsilon: float
+    holdout_epsilon: Epsilon
     max_holdout_epsilon: float
     holdout_left: float
     entries: int
@@ -72,6 +79,7 @@ def account(site: Site) -> Account:
     held_out = epsilon(ledger.history(population="holdout", split=split), delta, by)
     return Account(
         site=policy.site,
+        marks=_marks(charges),
         spendings=[
             _spending([e for e in charges if (e.body["study"], e.body["module"]) == group], delta, by)
             for group in groups
@@ -88,6 +96,25 @@ def account(site: Site) -> Account:
         messages_sent=sum(entry.kind == "sent" for entry in entries),
         head=ledger.head,
     )
+
+
+def _marks(charges: list[Entry]) -> list[str]:
+    """What was charged and protects nobody, in words."""
+    bare = _studies(entry for entry in charges if entry.body["noise_multiplier"] == 0)
+    seeded = _studies(entry for entry in charges if entry.body["noise_multiplier"] > 0 and not entry.body["private"])
+    found = []
+    if bare:
+        found.append(
+            f"NOT PRIVATE: this cohort took part in a study without privacy ({bare}). The epsilon of these patients is "
+            "infinite, for ever, and no private study can use them."
+        )
+    if seeded:
+        found.append(f"NOT PRIVATE: noise came from a fixed seed ({seeded}), so what it hid is not hidden.")
+    return found
+
+
+def _studies(charges: Iterable[Entry]) -> str:
+    return ", ".join(dict.fromkeys(entry.body["study"][:8] for entry in charges))
 
 
 def current_split(site: Site) -> str | None:
@@ -144,17 +171,19 @@ def render(current: Account) -> None:
             f"{s.sample_rate:.3f}",
             f"{s.noise_multiplier:g}",
             f"{s.max_grad_norm:g}",
-            f"{s.epsilon_alone:.3f}",
+            shown(s.epsilon_alone),
             "yes" if s.private else "NO",
         )
     console.print(table)
     console.print("q: sample rate; sigma: noise multiplier; eps: epsilon of the module alone", style="dim")
     held_out = (
-        f"Held-out patients, other people: epsilon {current.holdout_epsilon:.4f} of {current.max_holdout_epsilon:g}; "
+        f"Held-out patients, other people: epsilon {shown(current.holdout_epsilon, 4)} of {current.max_holdout_epsilon:g}; "
         f"left {current.holdout_left:.4f}.\n"
     )
+    for mark in current.marks:
+        console.print(f"[bold red]{mark}[/]")
     console.print(
-        f"Spent, all composed: epsilon {current.epsilon:.4f} of {current.max_epsilon:g}; left {current.left:.4f}.\n"
+        f"Spent, all composed: epsilon {shown(current.epsilon, 4)} of {current.max_epsilon:g}; left {current.left:.4f}.\n"
         + (held_out if any(s.population == "holdout" for s in current.spendings) or current.max_holdout_epsilon else "")
         + f"{current.entries} entries, chain intact, {current.messages_sent} replies sent; head {current.head[:16]}."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -142,7 +143,15 @@ def _plans(site: Site, entries: list[Entry]) -> str:
 
 def _budget(site: Site) -> str:
     """What was spent in all is within the policy, and was spent with unpredictable noise."""
-    current = account(site)
+    current, policy = account(site), site.policy()
+    if math.isinf(current.epsilon) and current.marks:
+        if policy.allow_not_private:
+            raise Doubt("not_private", f"budget: {' '.join(current.marks)}", "See the ledger.")
+        raise Refused(
+            "not_private_not_allowed",
+            f"The policy does not allow what was done. {' '.join(current.marks)}",
+            "The policy was tightened since. No private study can use these patients any more.",
+        )
     charged = any(spending.population == "holdout" for spending in current.spendings)
     if charged and current.holdout_epsilon > current.max_holdout_epsilon + 1e-9:
         raise Refused(
@@ -158,7 +167,7 @@ def _budget(site: Site) -> str:
             "The policy was tightened since. Nothing more can run under it.",
         )
     if not all(spending.private for spending in current.spendings):
-        raise Doubt("not_private", "Some noise came from a fixed seed: what it hid is not hidden.", "See the ledger.")
+        raise Doubt("not_private", " ".join(current.marks), "See the ledger.")
     text = f"budget: epsilon {current.epsilon:.4f} of {current.max_epsilon:g} at delta {current.delta:g}"
     if charged:
         text += f"; of held-out patients {current.holdout_epsilon:.4f} of {current.max_holdout_epsilon:g}"

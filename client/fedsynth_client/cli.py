@@ -112,10 +112,13 @@ def approve(
     site = Site(folder)
     asked = find_plan(site, plan)
     typer.echo(plan_summary(asked, site.policy().site))
+    private = asked.privacy.private
     if not yes:
-        typer.confirm("Approve this plan for this site?", abort=True)
+        typer.confirm(f"Approve this plan{'' if private else ' WITHOUT PRIVACY'} for this site?", abort=True)
     site.approve(asked)
     typer.echo(f"Approved {asked.digest}.")
+    if not private and not site.policy().allow_not_private:
+        typer.echo("The policy still refuses it: allow_not_private is false.")
 
 
 @app.command("dry-run")

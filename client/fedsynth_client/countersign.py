@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +30,13 @@ from fedsynth.countersignature import (
     sign,
 )
 from fedsynth.deployment.keys import check_private, write_private
+from fedsynth.epsilons import shown
 from fedsynth.errors import Refused, UsageError
 from fedsynth.files import sha256_file, write_atomic
 from fedsynth.judging import judge
 from fedsynth.limits import FILE as LIMITS
 from fedsynth.limits import VIEWS, Limits, load_limits
+from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.released import read_release
 from fedsynth.statement import PrivacyStatement, SiteStatement
@@ -150,7 +153,7 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
         *([f"The limits leave something out, or are loose: {limits.reason}"] if limits.reason else []),
         *([f"Looser than the defaults: {'; '.join(limits.loosened)}."] if limits.loosened else []),
         f"Evidence beside it: {', '.join(sorted(signed.evidence)) or 'none'}.",
-        "Private: yes." if statement.private else "NOT PRIVATE: the noise of this study was reproducible.",
+        *(["Private: yes."] if statement.private else marks(plan.privacy) or [NO_GUARANTEE]),
         "Your signature says that this site agrees to the release of exactly this content. It tells whoever gets the "
         "release that you agreed, and no figure.",
     ]
@@ -231,10 +234,11 @@ def _ledger_agrees(site: Site, plan: StudyPlan, statement: PrivacyStatement, sta
         words = _held_out_agree(plan, stated, held_out)
     if statement.private and not ledger.is_private(plan.digest):
         raise Refused(
-            "ledger_disagrees", "The statement calls the study private; some noise of this site came from a seed."
+            "ledger_disagrees",
+            "The statement calls the study private; at this site some of it had no noise, or noise from a seed.",
         )
     return (
-        f"This site spent epsilon {spent:.4f} of {plan.privacy.epsilon:g} at delta {delta:g}: its ledger says so; the "
+        f"This site spent epsilon {shown(spent, 4)} of {plan.privacy.epsilon:g} at delta {delta:g}: its ledger says so; the "
         f"statement quotes entry {place} of {len(entries)}.{words}"
     )
 
@@ -260,11 +264,11 @@ def _is_evaluation(entry: Entry, plan: StudyPlan) -> bool:
 
 
 def _check_spent(people: str, stated: float, spent: float) -> None:
-    if abs(stated - spent) > _TOLERANCE:
+    if not math.isclose(stated, spent, rel_tol=0.0, abs_tol=_TOLERANCE):
         raise Refused(
             "ledger_disagrees",
-            f"The privacy statement says that this site spent epsilon {stated:.4f} of {people} patients in this study; its "
-            f"ledger says {spent:.4f}.",
+            f"The privacy statement says that this site spent epsilon {shown(stated, 4)} of {people} patients in this "
+            f"study; its ledger says {shown(spent, 4)}.",
             "Do not sign. Where the site has answered since, ask for a candidate whose statement counts everything.",
         )
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from fedsynth.engines import embedding, moments
 from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators_template
+from fedsynth.marks import marks
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
@@ -74,11 +75,12 @@ class DryRun(BaseModel):
     """Everything that would travel between this site and the coordinator in one study.
 
     An answer that had to be sent again is the same bytes again. In place of an answer a refusal may leave: one record that
-    holds one code.
+    holds one code. `marks` says in words why the study protects nobody; it is empty where it is private.
     """
 
     study: str
     site: str
+    marks: list[str]
     exchanges: list[Exchange]
     messages_leaving: int
     bytes_leaving: int
@@ -90,6 +92,7 @@ def dry_run(plan: StudyPlan, site: str) -> DryRun:
     return DryRun(
         study=plan.digest,
         site=site,
+        marks=marks(plan.privacy),
         exchanges=exchanges,
         messages_leaving=sum(each.rounds for each in exchanges),
         bytes_leaving=sum(each.rounds * each.bytes_leaving for each in exchanges),
@@ -181,6 +184,7 @@ def render(planned: DryRun, plan_name: str) -> str:
     """The dry run as a person reads it."""
     lines = [
         f"Study {plan_name} ({planned.study}) at site {planned.site}. Nothing was trained, spent or sent.",
+        *planned.marks,
         f"In all {planned.messages_leaving} answers of together {_size(planned.bytes_leaving)} would leave.",
     ]
     for each in planned.exchanges:

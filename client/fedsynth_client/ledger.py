@@ -409,8 +409,8 @@ def _moved(entries: list[Entry], population: Population, split: str) -> str:
 
 
 _FOR_EVER = (
-    "Nothing was charged, and nothing private can be promised to these patients any more. Other patients can take part, in a "
-    "site's folder of their own."
+    "Nothing was charged, and nothing private can be promised to these patients any more. Other patients can take part, in "
+    "a site's folder of their own."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -9,12 +10,21 @@ from fedsynth.budget import evaluation_mechanism, mechanism
 from fedsynth.deployment.checks import Doubt, Line, check
 from fedsynth.deployment.machine import disk
 from fedsynth.dp.accounting import PRV_LEAST_DELTA, Accountant, epsilon
+from fedsynth.epsilons import shown
 from fedsynth.errors import FedsynthError, Refused
+from fedsynth.marks import marks
 from fedsynth.plan import StudyPlan
 from fedsynth_client.account import account, current_split
 from fedsynth_client.cohort import load_cohort, read_entries
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
-from fedsynth_client.policy import SitePolicy, check_evaluation, check_module, check_patients, check_plan
+from fedsynth_client.policy import (
+    SitePolicy,
+    check_evaluation,
+    check_module,
+    check_patients,
+    check_plan,
+    lifetime_epsilon,
+)
 from fedsynth_client.site import Site
 
 _FREE_BYTES = 2 * 2**30
@@ -63,6 +73,8 @@ def _approved_digest(site: Site, digest: str) -> str:
 
 def _left(site: Site) -> str:
     current = account(site)
+    if math.isinf(current.epsilon) and current.marks:
+        raise Doubt("not_private", f"budget: {current.marks[0]}", "See fedsynth site ledger.")
     if current.left <= 0:
         raise Doubt(
             "budget_spent",
@@ -79,7 +91,10 @@ def _ledger(site: Site) -> str:
 def _approved(site: Site, plan: StudyPlan) -> str:
     check_plan(site.policy(), plan)
     site.plan(plan.digest)
-    return f"plan {plan.name} is approved ({plan.digest[:12]})"
+    found = f"plan {plan.name} is approved ({plan.digest[:12]})"
+    if protects_nobody := marks(plan.privacy):
+        raise Doubt("not_private", f"{found}. {' '.join(protects_nobody)}", "Only for public or simulated data.")
+    return found
 
 
 def _cohort(site: Site, plan: StudyPlan) -> str:
@@ -105,14 +120,23 @@ def _budget(site: Site, plan: StudyPlan) -> str:
     by, split = _accountant(policy, plan), current_split(site)
     spent = ledger.epsilon(policy.max_delta, by, split=split)
     after = epsilon([*ledger.history(split=split), *ahead], policy.max_delta, by)
-    if after > policy.max_epsilon + 1e-9:
+    if after > lifetime_epsilon(policy, plan, "train") + 1e-9:
+        if math.isinf(spent) and plan.privacy.private:
+            raise Refused(
+                "budget_exceeded",
+                "This cohort took part in a study without privacy: its epsilon is infinite, above any budget.",
+                "No private study can use these patients any more.",
+            )
         raise Refused(
             "budget_exceeded",
             f"This cohort has spent epsilon {spent:.3f}; the plan would raise it to {after:.3f}, above "
             f"{policy.max_epsilon:g}.",
             "A smaller plan, or a larger max_epsilon in the policy.",
         )
-    return f"budget: lifetime epsilon {spent:.3f} now, {after:.3f} after the study, {policy.max_epsilon:g} allowed"
+    text = f"budget: lifetime epsilon {shown(spent)} now, {shown(after)} after the study"
+    if not plan.privacy.private:
+        return f"{text}: a study without privacy, which the policy allows (allow_not_private)"
+    return f"{text}, {policy.max_epsilon:g} allowed"
 
 
 def _evaluation(site: Site, plan: StudyPlan) -> str:

@@ -8,7 +8,10 @@ from fedsynth_client.site import Site
 
 
 class Sent(BaseModel):
-    """One answer that went out; `records` gives bytes by record, `sha256` is the stored answer's digest."""
+    """One answer that went out; `records` gives bytes by record, `sha256` is the stored answer's digest.
+
+    `private` is whether it was noised, and unpredictably.
+    """
 
     entry: int
     at: str
@@ -20,6 +23,7 @@ class Sent(BaseModel):
     sha256: str
     to: str
     again: bool
+    private: bool
 
 
 def sent(site: Site) -> list[Sent]:
@@ -30,7 +34,10 @@ def sent(site: Site) -> list[Sent]:
     """
     seen: set[str] = set()
     found = []
+    private: dict[tuple[str, str, int], bool] = {}
     for entry in site.ledger().entries():
+        if entry.kind == "charge":
+            private[entry.body["study"], entry.body["module"], entry.body["round"]] = entry.body["private"]
         if entry.kind != "sent":
             continue
         body = entry.body
@@ -46,6 +53,7 @@ def sent(site: Site) -> list[Sent]:
                 sha256=body["sha256"],
                 to=body["to"],
                 again=body["sha256"] in seen,
+                private=private.get((body["study"], body["module"], body["round"]), False),
             )
         )
         seen.add(body["sha256"])
@@ -60,6 +68,7 @@ def render(found: list[Sent]) -> str:
         f"{each.at}  {each.module} round {each.round} of {each.study[:12]}  to {each.to}  {each.bytes:,} bytes "
         f"({', '.join(f'{name} {size:,}' for name, size in each.records.items())})  sha256 {each.sha256[:16]}"
         + ("  sent again" if each.again else "")
+        + ("" if each.private else "  NOT PRIVATE")
         for each in found
     ]
     total = sum(each.bytes for each in found)

@@ -12,6 +12,7 @@ from fedsynth.deployment.certificates import load_ca
 from fedsynth.deployment.keys import make_node_key, make_runtime_tls, make_secret
 from fedsynth.errors import UsageError
 from fedsynth.files import write_atomic
+from fedsynth.marks import CONSEQUENCES, marks
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth_client.node.settings import NodeSettings, ca_path, keys, save_settings, secret_path, settings_path
 from fedsynth_client.policy import SitePolicy
@@ -47,6 +48,11 @@ modules = []
 
 # A seeded run is reproducible and therefore not private.
 allow_reproducible_noise = false
+
+# A study without privacy (privacy.epsilon = inf) clips and noises nothing: what it computes from patients leaves as it is.
+# For public or simulated data only: afterwards this cohort can take part in no private study any more. max_epsilon does not
+# bind such a study.
+allow_not_private = false
 
 # Whether staff may sign, with this site's key, that a release be made (fedsynth site countersign).
 countersign_releases = false
@@ -120,22 +126,26 @@ def find_plan(site: Site, plan: str) -> StudyPlan:
 
 def plan_summary(plan: StudyPlan, site: str) -> str:
     """What `plan` asks of `site`, in a few lines."""
-    sigma = noise_multipliers(plan, site)
+    sigma, private = noise_multipliers(plan, site), plan.privacy.private
     lines = [
         f"Study {plan.name}: {plan.purpose}",
+        *marks(plan.privacy),
+        *([] if private else [CONSEQUENCES]),
         f"Digest {plan.digest}",
         f"Sites: {', '.join(each.name for each in plan.sites)}",
         f"Images {'/'.join(plan.image.sequences)}, {plan.image.slices} slices of {plan.image.size} x {plan.image.size}; "
         f"{len(plan.genes.panel)} genes; label {plan.label.name} ({'/'.join(plan.label.classes)})",
         f"Epsilon {planned_epsilon(plan, site):.3f} of {plan.privacy.epsilon:g} per patient at delta {plan.privacy.delta:g} "
-        f"(accountant {plan.privacy.accountant})",
+        f"(accountant {plan.privacy.accountant})"
+        if private
+        else "Epsilon infinite per patient: no protection at all",
     ]
     for module in plan.modules:
         training = plan.training(module)
         lines.append(
             f"  {module}: {'released once' if training.steps == 1 else f'{training.steps} steps'}, "
-            f"sample rate {plan.sample_rate(module, site):.3f}, clip {training.max_grad_norm:g}, "
-            f"noise multiplier {sigma[module]:g}"
+            f"sample rate {plan.sample_rate(module, site):.3f}, "
+            + (f"clip {training.max_grad_norm:g}, noise multiplier {sigma[module]:g}" if private else "no noise")
         )
     if plan.site_evaluation is not None:
         lines.append(
@@ -147,6 +157,4 @@ def plan_summary(plan: StudyPlan, site: str) -> str:
         lines.append(
             "PRV composes the removal of a patient; that adding one costs less is checked numerically, not proven."
         )
-    if plan.privacy.reproducible_seed is not None:
-        lines.append("NOT PRIVATE: the plan fixes the noise seed.")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsynth.attacks.values import View
+from fedsynth.epsilons import Epsilon
 from fedsynth.errors import Refused, UsageError
 from fedsynth.plan import Name, StudyPlan
 
@@ -57,7 +58,8 @@ class Statement(_Value):
             the limits.
         evidence: SHA-256 by name of the evidence that lay beside it.
         ledger_head: the entry that the privacy statement quotes; the site found it in its ledger.
-        epsilon: what the privacy statement says that this site spent; the site's ledger says the same.
+        epsilon: what the privacy statement says that this site spent; the site's ledger says the same. Infinite, in JSON
+            ``null``, of a study without privacy.
         attacks: None when the site did not attack.
     """
 
@@ -68,7 +70,7 @@ class Statement(_Value):
     content: Digest
     evidence: dict[str, Digest]
     ledger_head: Digest
-    epsilon: float
+    epsilon: Epsilon
     attacks: OwnAttacks | None
 
 

@@ -25,7 +25,10 @@ class Answer(BaseModel):
 
 
 class NodeStatus(BaseModel):
-    """Everything that `fedsynth site status` shows. `running` is whether a supervisor runs; None stands for never."""
+    """Everything that `fedsynth site status` shows. `running` is whether a supervisor runs; None stands for never.
+
+    `private` is whether all that the ledger charged was noised, and unpredictably.
+    """
 
     running: bool
     supervisor: SupervisorStatus | None
@@ -33,6 +36,7 @@ class NodeStatus(BaseModel):
     node: Answer
     coordinator: Answer | None
     last_sent: Sent | None
+    private: bool
 
 
 def node_status(folder: Path, ask_coordinator: bool = True) -> NodeStatus:
@@ -53,6 +57,7 @@ def node_status(folder: Path, ask_coordinator: bool = True) -> NodeStatus:
         node=_answer(node),
         coordinator=_answer(coordinator_line(folder, settings)) if ask_coordinator else None,
         last_sent=found[-1] if found else None,
+        private=not site.ledger_path.is_file() or site.ledger().is_private(),
     )
 
 
@@ -86,6 +91,9 @@ def lines_of(status: NodeStatus) -> list[Line]:
             else "last sent: nothing",
         )
     )
+    if not status.private:
+        what = "ledger: NOT PRIVATE, something was charged without noise or with noise from a fixed seed"
+        lines.append(Line("warn", what, "fedsynth site ledger FOLDER", "not_private"))
     return lines
 
 
