@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedsynth.domains import sequence_channels
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator
 from fedsynth.models.gene_autoencoder import GeneAutoencoder, generate_expression
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.models.radiogenomic_dnn import RadiogenomicDNN
 from fedsynth.morphology import denormalise
 from fedsynth.plan import StudyPlan
@@ -66,7 +66,7 @@ def draw_profiles(
 
 def draw_patients(
     plan: StudyPlan,
-    generator_model: Generator,
+    generator_model: ImageGenerator,
     profiles: SyntheticProfiles,
     generator: torch.Generator,
     translator: nn.Module | None = None,

@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from fedsynth.engines.embedding import COMPONENTS, FEATURE_BOUND, TARGETS, Embedding, bounded, project
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator
 from fedsynth.models.features import FeatureNetwork, describe_slices, make_feature_network
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.morphology import ENHANCING, NECROSIS, OEDEMA
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
@@ -36,7 +36,7 @@ def embedding_state(
     plan: StudyPlan,
     patients: PublicPatients,
     parts: NDArray[np.uint8],
-    generator_model: Generator,
+    generator_model: ImageGenerator,
     generator: torch.Generator,
     *,
     steps: int = 800,
@@ -159,7 +159,7 @@ def _ridge(conditions: Tensor, scores: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _of_generator(
-    plan: StudyPlan, embedding: Embedding, model: Generator, patients: PublicPatients, generator: torch.Generator
+    plan: StudyPlan, embedding: Embedding, model: ImageGenerator, patients: PublicPatients, generator: torch.Generator
 ) -> Tensor:
     """(DEVIATIONS, 1 + Q): the mean of each coordinate, unweighted, over public conditions drawn through `model`."""
     positions, depth = slice_positions(plan.image.slices), plan.image.slices

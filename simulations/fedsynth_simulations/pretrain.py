@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Discriminator, initialise
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
 from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.interfaces import ImageDiscriminator
 from fedsynth.morphology import normalise
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
@@ -188,5 +189,5 @@ def _reconstruction(rebuilt: Tensor, real: Tensor) -> Tensor:
     return (weight * (rebuilt - real).abs()).mean()
 
 
-def _fooling(critic: Discriminator, images: Tensor, code: Tensor) -> Tensor:
+def _fooling(critic: ImageDiscriminator, images: Tensor, code: Tensor) -> Tensor:
     return softplus(-critic(images, code)).mean()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness
-from fedsynth.models.dcgan import initialise
+from fedsynth.models.dcgan import Discriminator, initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
@@ -293,6 +293,8 @@ def _gan(plan: StudyPlan, clip: float) -> StandIn:
     )
     generator = torch.Generator().manual_seed(0)
     shared, discriminator = make_generator(small), make_discriminator(small)
+    if not isinstance(discriminator, Discriminator) or section.spectral_norm:
+        raise ValueError("the stand-in of the gan knows a plain discriminator of the architecture 'dcgan' alone")
     initialise(shared, generator)
     initialise(discriminator, generator)
     with torch.no_grad():

@@ -22,8 +22,8 @@ from fedsynth.dp.step import CHUNK, PrivateModel, make_private, private_step
 from fedsynth.models.adapters import adapter_state, load_adapters, merged_state, plain_state
 from fedsynth.models.augmentation import Changes, augmented, draw_changes
 from fedsynth.models.condition import condition, slice_positions, tumour_map
-from fedsynth.models.dcgan import Discriminator
 from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.interfaces import ImageDiscriminator
 from fedsynth.models.trainable import make_trainable
 from fedsynth.plan import StudyPlan
 from fedsynth.records import State
@@ -176,7 +176,7 @@ def train_gan(
 
 def _discriminator(
     plan: StudyPlan, local: State, generator: torch.Generator
-) -> tuple[Discriminator, dict[str, nn.Parameter]]:
+) -> tuple[ImageDiscriminator, dict[str, nn.Parameter]]:
     """The site's discriminator, and the parameters of it that train."""
     model = make_discriminator(plan)
     model.load_state_dict(_prefixed(local, "model/"))

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from fedsynth.engines.embedding import COUNT_WEIGHT, Embedding, crossed, plan_embedding
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator
 from fedsynth.models.images import make_generator
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import track
 from fedsynth.records import State
@@ -153,7 +153,7 @@ class _Generated:
     def __init__(
         self,
         plan: StudyPlan,
-        model: Generator,
+        model: ImageGenerator,
         embedding: Embedding,
         profiles: SyntheticProfiles,
         draws: torch.Generator,

@@ -15,8 +15,8 @@ from torch import Tensor
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator
 from fedsynth.models.images import make_generator
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import StudyPlan
 from fedsynth.records import WEIGHTS, State
 
@@ -71,7 +71,7 @@ def generator_approach(
 
 def _distance(
     plan: StudyPlan,
-    model: Generator,
+    model: ImageGenerator,
     state: State,
     morphology: Tensor,
     labels: Tensor,
@@ -102,7 +102,7 @@ def _distance(
 
 
 @torch.no_grad()
-def _generated(model: Generator, code: Tensor, latent: Tensor, extractor: DomainExtractor) -> NDArray[np.float64]:
+def _generated(model: ImageGenerator, code: Tensor, latent: Tensor, extractor: DomainExtractor) -> NDArray[np.float64]:
     """(B, D) features of one slice for each condition (B, c)."""
     images = (model(latent.expand(len(code), -1), code)[:, :-1] + 1) / 2
     return extract(extractor, images.numpy())

@@ -75,7 +75,9 @@ class TumourMap:
         low, high = self.volume_ml
         volume = low * (high / low) ** ((condition[:, self.volume] + 1) / 2)
         radius = (3000.0 * volume / (4 * math.pi)) ** (1 / 3)
-        axis = (torch.arange(self.size, dtype=condition.dtype) - (self.size - 1) / 2) * self.pixel_mm
+        axis = (
+            torch.arange(self.size, dtype=condition.dtype, device=condition.device) - (self.size - 1) / 2
+        ) * self.pixel_mm
         across = (axis[None, :] - offsets[0][:, None]) ** 2
         down = (axis[None, :] - offsets[1][:, None]) ** 2
         along = (condition[:, -POSITION_DIM] * self.stack_mm / 2 - offsets[2]) ** 2

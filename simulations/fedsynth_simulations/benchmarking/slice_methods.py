@@ -17,8 +17,9 @@ from torch.nn import functional
 from fedsynth.dp.accounting import Mechanism, noise_multiplier
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.models.condition import condition
-from fedsynth.models.dcgan import Generator, initialise
+from fedsynth.models.dcgan import initialise
 from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import ImagePlan, LabelPlan, MorphologyPlan, StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
@@ -100,7 +101,7 @@ def _as_patients(site: Slices) -> ImagePatients:
     return ImagePatients(slices, torch.full((len(site), 1), math.nan), torch.from_numpy(site.labels))
 
 
-def _draw(plan: StudyPlan, generator: Generator, draws: torch.Generator, *, smooth: bool) -> Slices:
+def _draw(plan: StudyPlan, generator: ImageGenerator, draws: torch.Generator, *, smooth: bool) -> Slices:
     labels = torch.arange(3).repeat_interleave(_PER_CLASS)
     generator.eval()
     with torch.no_grad():
@@ -108,7 +109,9 @@ def _draw(plan: StudyPlan, generator: Generator, draws: torch.Generator, *, smoo
     return Slices(((torch.cat(parts) + 1) / 2).numpy(), labels.numpy())
 
 
-def _generate(plan: StudyPlan, generator: Generator, labels: Tensor, draws: torch.Generator, *, smooth: bool) -> Tensor:
+def _generate(
+    plan: StudyPlan, generator: ImageGenerator, labels: Tensor, draws: torch.Generator, *, smooth: bool
+) -> Tensor:
     """Slices (B, 32, 32) in [-1, 1] of the classes `labels`."""
     z = torch.randn(len(labels), plan.gan.latent_dim, generator=draws)
     drawn = generator(z, _code(labels))[:, 0]
@@ -265,7 +268,12 @@ def _public_start(task: Task) -> State:
 
 
 def _fit_generator(
-    plan: StudyPlan, generator: Generator, embed: Embedding, means: Tensor, learning_rate: float, draws: torch.Generator
+    plan: StudyPlan,
+    generator: ImageGenerator,
+    embed: Embedding,
+    means: Tensor,
+    learning_rate: float,
+    draws: torch.Generator,
 ) -> None:
     """Match the class means of the generator's slices; a running mean lowers the variance of the gradient."""
     optimizer = torch.optim.Adam(generator.parameters(), lr=learning_rate, betas=(0.5, 0.99))

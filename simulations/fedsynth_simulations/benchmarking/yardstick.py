@@ -30,7 +30,7 @@ from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.precision_recall import precision_recall
 from fedsynth.metrics.roc_auc import macro_auc, roc_auc
 from fedsynth.models.condition import condition, slice_positions
-from fedsynth.models.dcgan import Generator
+from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import StudyPlan
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_simulations.benchmarking.cohorts import Patients
@@ -83,7 +83,9 @@ def volumes(patients: Patients) -> Volumes:
     return Volumes(patients.images, patients.masks > 0, patients.labels, np.full(len(patients.labels), -1))
 
 
-def draw_volumes(plan: StudyPlan, model: Generator, profiles: SyntheticProfiles, generator: torch.Generator) -> Volumes:
+def draw_volumes(
+    plan: StudyPlan, model: ImageGenerator, profiles: SyntheticProfiles, generator: torch.Generator
+) -> Volumes:
     """A volume for each profile, one z a patient, as `fedsynth.synthesis.draw_patients` draws them, in larger batches."""
     positions, classes = slice_positions(plan.image.slices), len(plan.label.classes)
     images, masks = [], []
