@@ -39,6 +39,7 @@ from fedsynth.limits import VIEWS, Limits, load_limits
 from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.released import read_release
+from fedsynth.selection import told
 from fedsynth.statement import PrivacyStatement, SiteStatement
 from fedsynth.sums import content_digest, content_faults
 from fedsynth.synthetic import subject_digest
@@ -148,6 +149,7 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
     lines = [
         f"Release of {len(patients)} synthetic patients of study {plan.name} (plan {plan.digest[:12]}, approved here).",
         f"Content {signed.content}",
+        *([] if patients.selected is None else [f"Selected: {' '.join(told(patients.selected, plan))}"]),
         checked,
         words,
         *([f"The limits leave something out, or are loose: {limits.reason}"] if limits.reason else []),

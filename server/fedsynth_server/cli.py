@@ -93,6 +93,7 @@ Override = Annotated[
     typer.Option("--override", help="A check that fails and is answered for; repeat. Exactly those that fail."),
 ]
 Statement = Annotated[str, typer.Option("--statement", help="With --override: why. It is signed, and shown first.")]
+_PATIENTS = 150  # of a release for which no number was asked
 Responsible = Annotated[str, typer.Option("--responsible", help="With --override: the role of who answers for it.")]
 
 
@@ -101,7 +102,25 @@ def make(
     folder: Annotated[Path, typer.Argument(help="The study's folder (plan.toml and checkpoint).")],
     out: Annotated[Path, typer.Option(help="The release to write; must not exist.")],
     key: Annotated[Path | None, typer.Option(help="Private signing key (see keygen).")] = None,
-    patients: Annotated[int, typer.Option(min=1, help="Synthetic patients to draw.")] = 150,
+    patients: Annotated[
+        int | None, typer.Option(min=1, help="Synthetic patients to draw; without, the sum of --count, or 150.")
+    ] = None,
+    count: Annotated[
+        list[str] | None, typer.Option("--count", help="CLASS=PATIENTS, so many of this class; repeat.")
+    ] = None,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Equally many patients of each class, however rare it is.")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="CLASS of which patients may be; repeat.")] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where", help='A range of morphology that every patient is drawn for, e.g. "volume>=20" (mL); repeat.'
+        ),
+    ] = None,
+    sequences: Annotated[
+        str, typer.Option("--sequences", help="MR sequences of the images, e.g. T1c,FLAIR; without, all of the plan.")
+    ] = "",
     candidate: Annotated[
         bool, typer.Option("--candidate", help="Stop before the gate: write OUT-candidate, to attack and countersign.")
     ] = False,
@@ -116,6 +135,8 @@ def make(
 ) -> None:
     """Draw synthetic patients from a finished study and write a signed release, if the gate lets it pass."""
     from fedsynth.errors import UsageError
+    from fedsynth.plan import StudyPlan
+    from fedsynth.selection import Selection, make_selection, parse_counts, parse_range
     from fedsynth_server.release.from_study import EvidenceFiles, override_request, release_study
 
     if (key is None) != candidate:
@@ -124,7 +145,22 @@ def make(
         )
     files = EvidenceFiles(evaluation, attacks, audit, site_evaluation)
     request = override_request(override or [], statement, responsible)
-    made = release_study(folder, out, key, patients, files, limits, request)
+    counts, ranges = parse_counts(count or []), [parse_range(text) for text in where or []]
+    named = [name.strip() for name in sequences.split(",") if name.strip()]
+
+    def select(plan: StudyPlan) -> Selection:
+        return make_selection(
+            plan,
+            patients,
+            default_patients=_PATIENTS,
+            counts=counts,
+            balance=balance,
+            only=only or [],
+            where=ranges,
+            sequences=named,
+        )
+
+    made = release_study(folder, out, key, select, files, limits, request)
     if candidate:
         typer.echo(f"Candidate: {made}. When evidence and countersignatures are there: fedsynth release finish {made}")
     else:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from fedsynth.errors import Refused
 from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.profiles import profile_model
+from fedsynth.selected_draw import draw_selected, measured_ranges
+from fedsynth.selection import Selected, Selection, channels_of, sequences_of
 from fedsynth.synthesis import draw_patients
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.checkpoint import StudyState
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Synthetic patients, and what was selected of all that the study can draw; None where nothing was."""
+
+    patients: list[SyntheticPatient]
+    selected: Selected | None
 
 
 def synthesise(plan: StudyPlan, state: StudyState, count: int, generator: torch.Generator) -> list[SyntheticPatient]:
@@ -18,6 +30,18 @@ def synthesise(plan: StudyPlan, state: StudyState, count: int, generator: torch.
 
     Raises:
         Refused: ``study_not_finished``: rounds are missing.
+    """
+    return synthesise_selected(plan, state, Selection(patients=count), generator).patients
+
+
+def synthesise_selected(plan: StudyPlan, state: StudyState, selection: Selection, generator: torch.Generator) -> Drawn:
+    """Draw the synthetic patients that `selection` asks for (`fedsynth.selection`).
+
+    What was asked of morphology is measured again in the drawn masks and images, with all sequences, before those that the
+    release does not hold are left out.
+
+    Raises:
+        Refused: ``study_not_finished``: rounds are missing; ``subset_too_rare``.
     """
     missing = state.missing_rounds(plan)
     if missing:
@@ -28,5 +52,15 @@ def synthesise(plan: StudyPlan, state: StudyState, count: int, generator: torch.
         )
     model = make_generator(plan)
     model.load_state_dict(state.weights["generator_ema"])
-    profiles = profile_model(plan, state.weights).draw(count, generator)
-    return draw_patients(plan, model, profiles, generator)
+    drawn = draw_selected(profile_model(plan, state.weights), plan, selection, generator)
+    patients = draw_patients(plan, model, drawn.profiles, generator)
+    if not selection.chooses:
+        return Drawn(patients, None)
+    selected = Selected(
+        asked=selection,
+        tried=drawn.tried,
+        fitting=drawn.fitting,
+        measured=measured_ranges(plan, patients, selection.where),
+    )
+    channels = channels_of(plan, sequences_of(plan, selected))
+    return Drawn([replace(patient, images=patient.images[channels]) for patient in patients], selected)

@@ -23,6 +23,13 @@ class ProfileModel(Protocol):
     def draw(self, count: int, generator: torch.Generator) -> SyntheticProfiles:
         """`count` synthetic patients before their images."""
 
+    def draw_class(self, code: int, count: int, generator: torch.Generator) -> SyntheticProfiles:
+        """Synthetic patients of the class `code` alone, distributed as those of `draw` who are of it.
+
+        A model that cannot be asked for a class draws `count` patients and keeps those of it: at most `count`, and perhaps
+        nobody.
+        """
+
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """genes (B, G) -> expected morphology (B, F) in [0, 1], label logits (B, K)."""
 
@@ -39,6 +46,11 @@ class NetworkProfiles:
     def draw(self, count: int, generator: torch.Generator) -> SyntheticProfiles:
         """See `fedsynth.synthesis.draw_profiles`."""
         return draw_profiles(self.autoencoder, self.dnn, count, generator, self.clip, self.reference_sd)
+
+    def draw_class(self, code: int, count: int, generator: torch.Generator) -> SyntheticProfiles:
+        """Those of `count` draws who are of the class: a label follows from genes, which cannot be asked for backwards."""
+        drawn = self.draw(count, generator)
+        return drawn.take(torch.nonzero(drawn.labels == code)[:, 0])
 
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """See `ProfileModel`."""

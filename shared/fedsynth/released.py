@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 
 from fedsynth.errors import Refused, UsageError
 from fedsynth.plan import StudyPlan, load_plan
+from fedsynth.selection import FILE as SELECTION
+from fedsynth.selection import Selected, read_selected, sequences_of
 from fedsynth.sequences import mr_sequences
 from fedsynth.sums import CONTENT, SUMS, read_sums
 from fedsynth.synthetic import STORED_MAXIMUM, SyntheticPatient
@@ -95,6 +97,7 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
         labels: one of the plan's classes each.
         genes: (N, G) float32 on the plan's normalised scale.
         morphology: (N, F) float32 in physical units.
+        selected: what was selected of all that its study can draw; None where nothing was.
     """
 
     files: Files
@@ -103,6 +106,12 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
     labels: tuple[str, ...]
     genes: NDArray[np.float32]
     morphology: NDArray[np.float32]
+    selected: Selected | None = None
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The MR sequences of the images, in the order of their channels."""
+        return sequences_of(self.plan, self.selected)
 
     def __len__(self) -> int:
         return len(self.participants)
@@ -125,12 +134,13 @@ class ReleasedPatients(Sequence[SyntheticPatient]):
                 self.labels[index],
                 self.genes[index],
                 self.morphology[index],
+                self.selected,
             )
-        name, image = self.participants[index], self.plan.image
+        name = self.participants[index]
         stem = f"sub-{name}/anat/sub-{name}"
         images = [
             self._volume(f"bids/{stem}_{sequence.bids}.nii.gz", 0, STORED_MAXIMUM)
-            for sequence in mr_sequences(image.sequences)
+            for sequence in mr_sequences(self.sequences)
         ]
         mask = self._volume(f"bids/derivatives/seg/{stem}_label-tumor_mask.nii.gz", 0, 1)
         return SyntheticPatient(
@@ -195,6 +205,7 @@ def read_release(folder: Path) -> ReleasedPatients:
         tuple(row[0] for row in labels),
         _numbers(files, _EXPRESSION, plan.genes.panel, participants),
         _numbers(files, _MORPHOLOGY, plan.morphology.features, participants),
+        read_selected(files.read(SELECTION)) if (folder / SELECTION).exists() else None,
     )
 
 

@@ -35,7 +35,7 @@ CONTENT_FILES = frozenset(
     }
 )
 # Content where there is one.
-CONTENT_IF_PRESENT = frozenset({"comparison.png", "outcome.json"})
+CONTENT_IF_PRESENT = frozenset({"comparison.png", "outcome.json", "selection.json"})
 
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n\r\\]+)")
 

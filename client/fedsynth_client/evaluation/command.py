@@ -86,6 +86,7 @@ def evaluate_release(asked: Asked, extractors: tuple[Path, ...] = (), lpips: Pat
         seed=asked.seed,
         networks=networks,
         lpips=distance,
+        selected=synthetic.selected,
     )
     _finish(asked.out, found, started, private=not asked.public)
     if asked.as_json:
@@ -122,6 +123,7 @@ def attack(asked: Asked, transcript: Path | None = None) -> None:
         data=asked.description,
         seed=asked.seed,
         transcript=None if transcript is None else Transcript(transcript),
+        selected=synthetic.selected,
     )
     _finish(asked.out, found, started, private=not asked.public)
     if asked.as_json:

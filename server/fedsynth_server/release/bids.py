@@ -60,7 +60,7 @@ def mask_path(participant_id: str) -> str:
 def write_bids_patient(root: Path, patient: SyntheticPatient, facts: ReleaseFacts) -> None:
     """Write the images, the mask and their sidecars of one patient below `root`."""
     grid = Grid.of(facts.plan.image)
-    sequences = mr_sequences(facts.plan.image.sequences)
+    sequences = mr_sequences(facts.sequences)
     for sequence, image in zip(sequences, patient.images, strict=True):
         path = root / image_path(patient.participant_id, sequence)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,12 +189,13 @@ def _description(facts: ReleaseFacts) -> dict[str, Any]:
 
 
 def _readme(facts: ReleaseFacts, n_patients: int) -> str:
+    selection = f"\n\n{facts.selection}" if facts.selection else ""
     return f"""# Synthetic patients of study {facts.plan.name}
 
 {NOT_A_PATIENT}. Release {facts.identifier}.
 
 This data set holds {n_patients} synthetic patients. Images, masks, gene expression and morphology of a patient were
-drawn together by a generative model; no image was acquired and no person is described. {facts.guarantee}
+drawn together by a generative model; no image was acquired and no person is described. {facts.guarantee}{selection}
 
 - `sub-*/anat`: images, intensities 0 to {STORED_MAXIMUM} in arbitrary units, one grid for all.
 - `{MASKS}`: tumour masks.

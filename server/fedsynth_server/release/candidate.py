@@ -8,7 +8,7 @@ neither report nor signature, and ``CANDIDATE.json`` says what it is.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +18,8 @@ from fedsynth.countersignature import EVIDENCE, FOLDER
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.limits import Limits
 from fedsynth.plan import save_plan
+from fedsynth.selection import FILE as SELECTION
+from fedsynth.selection import channels_of
 from fedsynth.sums import CONTENT, SUMS, files_of, is_content, write_content
 from fedsynth.synthetic import SyntheticPatient
 from fedsynth_server.outcome import Outcome
@@ -80,6 +82,8 @@ def draw_content(
     _write_pictures(root, shown, facts, real_examples)
     if outcome is not None:
         dump(root / OUTCOME, outcome.model_dump(mode="json"))
+    if facts.selected is not None:
+        dump(root / SELECTION, facts.selected.model_dump(mode="json"))
     dump(root / "curves.json", {name: [dict(point) for point in curve] for name, curve in curves.items()})
     write_limits(root, limits)
     write_content(root)
@@ -138,7 +142,7 @@ def _write_patients(
     rows: dict[str, Row] = {}
     shown: list[Example] = []
     for patient in patients:
-        check_patient(patient, facts.plan)
+        check_patient(patient, facts.plan, facts.sequences)
         if patient.participant_id in rows:
             raise JobFailed("synthetic_patient_invalid", f"Participant {patient.participant_id} was drawn twice.")
         rows[patient.participant_id] = row_of(patient)
@@ -156,8 +160,11 @@ def _write_patients(
 def _write_pictures(
     root: Path, shown: list[Example], facts: ReleaseFacts, real_examples: ReferenceExamples | None
 ) -> None:
-    sequences = facts.plan.image.sequences
+    sequences = facts.sequences
     (root / "preview.png").write_bytes(preview_sheet(shown, sequences, f"{NOT_A_PATIENT} - {facts.identifier}"))
     if real_examples is not None:
-        sheet = comparison_sheet(real_examples, shown, sequences, facts.identifier)
+        channels = channels_of(facts.plan, sequences)
+        originals = tuple(replace(each, images=each.images[channels]) for each in real_examples.examples)
+        reference = replace(real_examples, examples=originals)
+        sheet = comparison_sheet(reference, shown, sequences, facts.identifier)
         (root / "comparison.png").write_bytes(sheet)

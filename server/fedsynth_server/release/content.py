@@ -10,6 +10,7 @@ import numpy as np
 
 from fedsynth.countersignature import EVIDENCE, FOLDER
 from fedsynth.plan import PrivacyPlan, StudyPlan
+from fedsynth.selection import selection_faults
 from fedsynth.statement import SiteStatement
 from fedsynth.sums import CONTENT, content_faults, files_of, is_content
 from fedsynth_server.release.bids import REQUIRED as REQUIRED_OF_BIDS
@@ -88,7 +89,7 @@ def _tree_faults(release: Release) -> list[str]:
 
 
 def participants_faults(release: Release) -> list[str]:
-    """Every participant has a row in each table and each of its images, and nobody else has."""
+    """Every participant has a row in each table and each of its images, nobody else has, and they are as selected."""
     plan, folder, participants = release.plan, release.folder, release.participants
     faults = []
     if len(participants) != release.index.n_patients or len(set(participants)) != len(participants):
@@ -115,6 +116,10 @@ def participants_faults(release: Release) -> list[str]:
         faults += _parquet_faults(folder)
     genes = {path.relative_to(folder).as_posix() for path in (folder / "genes").rglob("*") if path.is_file()}
     faults += [f"unexpected: {name}" for name in sorted(genes - GENES)]
+    if not faults and release.selected is not None:
+        morphology = np.array([row[1:] for row in read_tsv(folder / MORPHOLOGY)[1]], dtype=np.float32)
+        labels = [row[1] for row in read_tsv(folder / PARTICIPANTS)[1]]
+        faults += selection_faults(release.selected, plan, labels, morphology)
     return faults + file_faults(release)
 
 

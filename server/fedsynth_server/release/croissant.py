@@ -83,6 +83,7 @@ _DOCUMENTS = (
         "Audit of the private mechanisms: empirical lower bounds of epsilon, direct checks",
     ),
     ("site-evaluation.json", "application/json", "What sites found on their held-out patients, noised"),
+    ("selection.json", "application/json", "What was selected of all that the study can draw, asked for and measured"),
     ("outcome.json", "application/json", "What the noise left to learn, beside its forecast"),
     ("curves.json", "application/json", "Training curves of noised quantities"),
     ("plan.toml", "application/toml", "Study plan: every choice that the sites approved"),
@@ -100,6 +101,7 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
         images.append(_images("bids/derivatives/seg/sub-*/anat/*.nii.gz", "masks-nifti", "application/gzip", "Masks"))
     if "dicom" in formats:
         images.append(_images("dicom/*/*/*.dcm", "images-dicom", "application/dicom", "MR series and segmentations"))
+    chosen = f" {facts.selection}" if facts.selection else ""
     documents = [_file(root, name, kind, what) for name, kind, what in _DOCUMENTS if (root / name).is_file()]
     dump(
         root / "croissant.json",
@@ -108,7 +110,7 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
             "@type": "sc:Dataset",
             "conformsTo": ["http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"],
             "name": facts.identifier,
-            "description": f"{n_patients} synthetic patients: MRI, tumour mask, gene expression. {facts.guarantee}",
+            "description": f"{n_patients} synthetic patients: MRI, tumour mask, gene expression. {facts.guarantee}{chosen}",
             "version": f"{facts.released:%Y}.{facts.released.month}.{facts.released.day}",
             "datePublished": f"{facts.released:%Y-%m-%d}",
             "license": facts.publication.licence.url,
@@ -177,6 +179,7 @@ def _responsible_ai(facts: ReleaseFacts, documents: Collection[str]) -> dict[str
         "rai:dataBiases": (
             "The training patients are those of the taking-part hospitals; rare findings are under-represented "
             "or absent, and differential privacy suppresses them further."
+            + (f" {facts.selection}" if facts.selection else "")
         ),
         "rai:dataUseCases": [statement.intended_use, f"Not permitted: {statement.forbidden_use}"],
         "rai:dataSocialImpact": (

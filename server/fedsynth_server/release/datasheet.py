@@ -90,10 +90,11 @@ def _composition(facts: ReleaseFacts, formats: Collection[str], labels: Sequence
         (
             "What is an instance?",
             f"One synthetic patient: {len(plan.genes.panel)} genes, {len(plan.morphology.features)} features of tumour "
-            f"morphology ({morphology}), MRI ({', '.join(image.sequences)}) and a tumour mask. All parts of a patient were "
+            f"morphology ({morphology}), MRI ({', '.join(facts.sequences)}) and a tumour mask. All parts of a patient were "
             "drawn along one chain, genes -> morphology -> image and mask.",
         ),
         ("How many are there?", f"{len(labels)}; by {plan.label.name}: {by_class}."),
+        *_selected(facts),
         (
             "What are the data of an instance?",
             f"Images of {image.slices} slices of {image.size} x {image.size} pixels at {image.pixel_spacing_mm:g} x "
@@ -119,6 +120,17 @@ def _composition(facts: ReleaseFacts, formats: Collection[str], labels: Sequence
             "make data anonymous; that also depends on who holds them and what else they hold.",
         ),
     ]
+
+
+def _selected(facts: ReleaseFacts) -> Answers:
+    """Asked of Gebru et al.'s "is it a sample?" where somebody chose."""
+    if facts.selected is None:
+        return []
+    found = facts.selected
+    share = (
+        f" Of {found.tried} profiles that the model drew for it, {found.fitting} fitted." if found.asked.where else ""
+    )
+    return [("Do they have the mix of the hospitals?", f"Not by the model alone. {_one_line(facts.selection)}{share}")]
 
 
 def _collection(facts: ReleaseFacts) -> Answers:
@@ -154,10 +166,16 @@ def _preprocessing(facts: ReleaseFacts) -> Answers:
         ),
         (
             "What was done to the synthetic patients?",
-            "Nothing was selected, sorted or corrected after drawing. Intensities were rounded to 1/1000.",
+            f"{_drawn_as(facts)} Intensities were rounded to 1/1000.",
         ),
         ("Are the originals kept with them?", "No. They stay at the sites, which keep them by their own rules."),
     ]
+
+
+def _drawn_as(facts: ReleaseFacts) -> str:
+    if not facts.selection:
+        return "Nothing was selected, sorted or corrected after drawing."
+    return f"{_one_line(facts.selection)} Nothing was selected by its images, sorted by quality or corrected."
 
 
 def _uses(

@@ -59,7 +59,7 @@ def patient_name(participant_id: str) -> str:
 
 def write_dicom_patient(folder: Path, patient: SyntheticPatient, facts: ReleaseFacts) -> None:
     """Write ``<folder>/<participant>/<sequence>/0001.dcm`` ... and ``<folder>/<participant>/SEG/mask.dcm``."""
-    sequences = mr_sequences(facts.plan.image.sequences)
+    sequences = mr_sequences(facts.sequences)
     grid = Grid.of(facts.plan.image)
     key = patient_key(patient, facts)
     home = folder / patient.participant_id

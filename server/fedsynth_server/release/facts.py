@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from fedsynth import __version__
 from fedsynth.errors import UsageError
 from fedsynth.plan import StudyPlan
+from fedsynth.selection import CAUTION, Selected, sequences_of, told
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.release.wording import epsilon
 
@@ -55,6 +56,7 @@ class ReleaseFacts:
 
     Attributes:
         released: aware date and time; written in UTC.
+        selected: what was selected of all that the study can draw; None where nothing was.
 
     Raises:
         UsageError: ``release_time_without_zone``; ``release_plan_mismatch`` when the statement is of another plan.
@@ -64,6 +66,7 @@ class ReleaseFacts:
     statement: PrivacyStatement
     released: datetime
     publication: Publication = field(default_factory=Publication)
+    selected: Selected | None = None
 
     def __post_init__(self) -> None:
         if self.released.tzinfo is None:
@@ -75,6 +78,16 @@ class ReleaseFacts:
                 "Make the release with the plan that the study ran under.",
             )
         object.__setattr__(self, "released", self.released.astimezone(UTC))
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The MR sequences of the images, in the order of their channels."""
+        return sequences_of(self.plan, self.selected)
+
+    @property
+    def selection(self) -> str:
+        """What was selected and what came of it, in plain words; empty where nothing was."""
+        return "" if self.selected is None else " ".join([*told(self.selected, self.plan), CAUTION])
 
     @property
     def identifier(self) -> str:

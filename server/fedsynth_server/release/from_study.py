@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,8 @@ from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.site_values import SiteEvaluation
 from fedsynth.evaluation.values import Evaluation
 from fedsynth.limits import Limits, load_limits
-from fedsynth.plan import load_plan
+from fedsynth.plan import StudyPlan, load_plan
+from fedsynth.selection import Selection
 from fedsynth_server.checkpoint import load_state
 from fedsynth_server.outcome import study_outcome
 from fedsynth_server.release.candidate import SUFFIX
@@ -25,7 +27,7 @@ from fedsynth_server.release.decision import OverrideRequest
 from fedsynth_server.release.evidence import load_evidence
 from fedsynth_server.release.make import finish_release, make_candidate, make_release
 from fedsynth_server.statement import privacy_statement
-from fedsynth_server.synthesis import synthesise
+from fedsynth_server.synthesis import synthesise_selected
 
 
 class Found(TypedDict):
@@ -67,12 +69,12 @@ def release_study(
     folder: Path,
     out: Path,
     key: Path | None,
-    patients: int,
+    select: Callable[[StudyPlan], Selection],
     evidence: EvidenceFiles | None = None,
     limits: Path | None = None,
     override: OverrideRequest | None = None,
 ) -> Path:
-    """Draw `patients` from the study in `folder` and write the release `out`, signed with `key`.
+    """Draw the patients that `select` asks for, given the plan, and write the release `out`, signed with `key`.
 
     Without a key only its candidate is made. What sites found on their held-out patients is taken from the study's folder,
     unless it is given.
@@ -81,10 +83,11 @@ def release_study(
         The release or the candidate.
 
     Raises:
-        Refused: ``study_not_started``, ``study_not_finished``, or what `make_release` refuses.
-        UsageError: a file of evidence or of limits cannot be read.
+        Refused: ``study_not_started``, ``study_not_finished``, ``subset_too_rare``, or what `make_release` refuses.
+        UsageError: what `select` raises; a file of evidence or of limits cannot be read.
     """
     plan = load_plan(folder / "plan.toml")
+    selection = select(plan)
     state = load_state(folder, plan)
     if state is None:
         raise Refused("study_not_started", f"{folder} holds no checkpoint.", "Run the study first.")
@@ -96,15 +99,26 @@ def release_study(
     asked = load_limits(limits) if limits else Limits()
     generator = torch.Generator()
     generator.seed()
-    cohort = synthesise(plan, state, patients, generator)
+    drawn = synthesise_selected(plan, state, selection, generator)
     released = datetime.now(UTC).replace(microsecond=0)
     curves, outcome = state.curves_by_name(), study_outcome(plan, state)
     if key is None:
-        return make_candidate(out, plan, cohort, statement, curves, released, outcome=outcome, limits=asked, **found)
+        return make_candidate(
+            out,
+            plan,
+            drawn.patients,
+            statement,
+            curves,
+            released,
+            outcome=outcome,
+            limits=asked,
+            selected=drawn.selected,
+            **found,
+        )
     return make_release(
         out,
         plan,
-        cohort,
+        drawn.patients,
         statement,
         curves=curves,
         key_path=key,
@@ -112,6 +126,7 @@ def release_study(
         outcome=outcome,
         limits=asked,
         override=override,
+        selected=drawn.selected,
         **found,
     )
 

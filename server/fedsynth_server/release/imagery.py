@@ -96,7 +96,7 @@ def identifier_faults(release: Release) -> list[str]:
 
 
 def _bids_file_faults(release: Release) -> list[str]:
-    sequences = mr_sequences(release.plan.image.sequences)
+    sequences = mr_sequences(release.sequences)
     expected = {mask_path(participant) for participant in release.participants}
     expected |= {image_path(participant, sequence) for participant in release.participants for sequence in sequences}
     present = {path.relative_to(release.folder / "bids").as_posix() for path in _nifti_files(release)}
@@ -112,7 +112,7 @@ def _dicom_file_faults(release: Release) -> list[str]:
     expected |= {
         f"{participant}/{sequence}/{index:04d}.dcm"
         for participant in release.participants
-        for sequence in image.sequences
+        for sequence in release.sequences
         for index in range(1, image.slices + 1)
     }
     root = release.folder / "dicom"
@@ -129,7 +129,7 @@ def _series_faults(release: Release, participant: str, grid: Grid) -> list[str]:
     """Compare one patient's series and segmentation with the grid, and with NIfTI where there is a BIDS tree."""
     home = release.folder / "dicom" / participant
     faults = []
-    for sequence in mr_sequences(release.plan.image.sequences):
+    for sequence in mr_sequences(release.sequences):
         try:
             slices = [_dicom(path) for path in sorted((home / sequence.name).glob("*.dcm"))]
             volume = highdicom.get_volume_from_series(slices)

@@ -24,6 +24,7 @@ from fedsynth.evaluation.values import Evaluation
 from fedsynth.files import DISK_FULL, read_json
 from fedsynth.limits import Limits
 from fedsynth.plan import StudyPlan
+from fedsynth.selection import Selected
 from fedsynth.sequences import mr_sequences
 from fedsynth.statement import PrivacyStatement
 from fedsynth.synthetic import SyntheticPatient
@@ -94,6 +95,7 @@ def make_release(
     override: OverrideRequest | None = None,
     site_evaluation: SiteEvaluation | None = None,
     countersignatures: Sequence[Countersignature] = (),
+    selected: Selected | None = None,
 ) -> Path:
     """Write a signed release of `patients` to the new folder `out`, if the gate lets it pass.
 
@@ -117,6 +119,7 @@ def make_release(
         override: by which somebody answers for a release of which exactly the checks that it names fail.
         site_evaluation: what sites found on their held-out patients.
         countersignatures: of sites.
+        selected: what was selected of all that the study can draw, when `patients` were drawn; None where nothing was.
 
     Returns:
         `out`.
@@ -128,9 +131,9 @@ def make_release(
         Refused: ``release_exists``; ``release_privacy``, when a site spent more than the plan allows or than it states.
         JobFailed: ``disk_full``, ``release_empty`` or ``synthetic_patient_invalid``; nothing half-made is left.
     """
-    facts = ReleaseFacts(plan, statement, released, publication or Publication())
+    facts = ReleaseFacts(plan, statement, released, publication or Publication(), selected)
     kept = candidate_path(out)
-    _check_arguments(out, plan, formats, curves)
+    _check_arguments(out, facts.sequences, formats, curves)
     _check_free(kept)
     _check_statement(out, facts, formats)
     key = load_key(key_path)
@@ -184,15 +187,16 @@ def make_candidate(
     attacks: Attacks | None = None,
     limits: Limits | None = None,
     site_evaluation: SiteEvaluation | None = None,
+    selected: Selected | None = None,
 ) -> Path:
     """Draw `patients` into the candidate of a release at `out`, for evidence and countersignatures; see `make_release`.
 
     Returns:
         The candidate, ``<out>-candidate``.
     """
-    facts = ReleaseFacts(plan, statement, released, publication or Publication())
+    facts = ReleaseFacts(plan, statement, released, publication or Publication(), selected)
     candidate = candidate_path(out)
-    _check_arguments(out, plan, formats, curves)
+    _check_arguments(out, facts.sequences, formats, curves)
     _check_free(candidate)
     _check_statement(out, facts, formats)
     with _draft(candidate) as draft:
@@ -268,7 +272,7 @@ def _complete(folder: Path, publication: Publication, key: Ed25519PrivateKey, ov
     decision = decide(release, evidence, content_checks(release), code_digest())
     decision = _answered(decision, override, key)
     dump(folder / GATE, decision.model_dump(mode="json"))
-    facts = ReleaseFacts(release.plan, release.statement, release.index.released, publication)
+    facts = ReleaseFacts(release.plan, release.statement, release.index.released, publication, release.selected)
     _describe(release, facts, evidence, decision, fingerprint(key.public_key()))
     write_manifest(folder, key)
 
@@ -347,6 +351,7 @@ def _describe(
         audit=evidence.audit,
         gate=decision,
         site_evaluation=evidence.site_evaluation,
+        selected=facts.selected,
     )
     write_croissant(root, facts, formats, count)  # last: it lists the others with their sums
 
@@ -398,12 +403,12 @@ def _check_free(out: Path) -> None:
         raise UsageError("folder_missing", f"There is no folder {out.parent} to make the release in.")
 
 
-def _check_arguments(out: Path, plan: StudyPlan, formats: Collection[str], curves: Curves) -> None:
+def _check_arguments(out: Path, sequences: Sequence[str], formats: Collection[str], curves: Curves) -> None:
     _check_free(out)
     unknown = set(formats) - FORMATS
     if unknown or not formats:
         raise UsageError("format_unknown", f"Formats {sorted(formats)}: name at least one of {sorted(FORMATS)}.")
-    mr_sequences(plan.image.sequences)
+    mr_sequences(sequences)
     for name, points in curves.items():
         for point in points:
             if any(isinstance(value, float) and not math.isfinite(value) for value in point.values()):

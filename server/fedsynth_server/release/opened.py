@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedsynth.errors import Refused
 from fedsynth.plan import StudyPlan, load_plan
+from fedsynth.selection import Selected, selected_in, sequences_of
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.release.index import ReleaseIndex
 from fedsynth_server.release.tables import PARTICIPANTS
@@ -26,6 +27,12 @@ class Release:
     index: ReleaseIndex
     plan: StudyPlan
     statement: PrivacyStatement
+    selected: Selected | None = None
+
+    @property
+    def sequences(self) -> tuple[str, ...]:
+        """The MR sequences of its images."""
+        return sequences_of(self.plan, self.selected)
 
     @property
     def has_bids(self) -> bool:
@@ -59,6 +66,7 @@ def open_release(folder: Path) -> Release:
         _read_model(folder / "release.json", ReleaseIndex),
         load_plan(folder / "plan.toml"),
         _read_model(folder / "privacy.json", PrivacyStatement),
+        selected_in(folder),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +37,8 @@ def row_of(patient: SyntheticPatient) -> Row:
     return Row(patient.participant_id, patient.label, patient.genes, patient.morphology)
 
 
-def check_patient(patient: SyntheticPatient, plan: StudyPlan) -> None:
-    """Refuse a patient that could not be released faithfully.
+def check_patient(patient: SyntheticPatient, plan: StudyPlan, sequences: Sequence[str]) -> None:
+    """Refuse a patient that could not be released faithfully with images of `sequences`.
 
     Raises:
         JobFailed: ``synthetic_patient_invalid``, naming the participant and each fault.
@@ -52,7 +53,7 @@ def check_patient(patient: SyntheticPatient, plan: StudyPlan) -> None:
     for name, values, shape in (
         ("genes", patient.genes, (len(plan.genes.panel),)),
         ("morphology", patient.morphology, (len(plan.morphology.features),)),
-        ("images", patient.images, (len(image.sequences), *grid)),
+        ("images", patient.images, (len(sequences), *grid)),
         ("mask", patient.mask, grid),
     ):
         if values.shape != shape:

@@ -24,6 +24,7 @@ from fedsynth.evaluation.values import Evaluation, may_be_shared
 from fedsynth.files import write_atomic
 from fedsynth.plan import StudyPlan
 from fedsynth.records import PUBLIC
+from fedsynth.selection import CAUTION, Selected, sequences_of, words
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.outcome import ModuleOutcome, Outcome
 from fedsynth_server.release import report_evidence as evidence
@@ -68,6 +69,7 @@ def write_report(
     audit: Audit | None = None,
     gate: GateDecision | None = None,
     site_evaluation: SiteEvaluation | None = None,
+    selected: Selected | None = None,
 ) -> None:
     """Write the report to `path`, whole or not at all; equal arguments and versions give equal bytes.
 
@@ -87,6 +89,7 @@ def write_report(
         audit: what an audit of the plan's mechanisms found.
         gate: the decision about the release; an override comes before everything else.
         site_evaluation: what sites found on their own held-out patients, noised.
+        selected: what was selected of all that the study can draw; None where nothing was.
 
     Raises:
         UsageError: ``report_plan_mismatch`` (something is about another plan), ``report_subject_mismatch`` (evidence is
@@ -129,6 +132,10 @@ def write_report(
         released_once=[_in_a_sentence(MODULE_TITLES[module]) for module in plan.modules if module in PUBLIC],
         outcome=[] if outcome is None else [_outcome_row(each) for each in outcome.modules],
         methods=[("Profiles", wording.profile_method(plan)), ("Images", wording.image_method(plan))],
+        sequences=sequences_of(plan, selected),
+        chosen=[] if selected is None else words(selected.asked, plan),
+        caution=CAUTION,
+        selected=selected,
         preview=_picture(preview_png),
         comparison=None if comparison_png is None else _picture(comparison_png),
         released=released.astimezone(UTC),

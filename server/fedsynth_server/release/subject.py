@@ -44,7 +44,7 @@ def _without_bids(release: Release) -> Iterator[SyntheticPatient]:
                 highdicom.get_volume_from_series(
                     [dcmread(path) for path in sorted((home / sequence.name).glob("*.dcm"))]
                 )
-                for sequence in mr_sequences(plan.image.sequences)
+                for sequence in mr_sequences(release.sequences)
             ]
         except (ValueError, AttributeError, InvalidDicomError, OSError) as error:
             raise Refused(

@@ -26,6 +26,7 @@ def readme(facts: ReleaseFacts, formats: Collection[str], n_patients: int, finge
 
 def _what(facts: ReleaseFacts, n_patients: int) -> str:
     plan, image = facts.plan, facts.plan.image
+    selection = f"\n**What was selected.** {facts.selection}\n" if facts.selection else ""
     warning = "" if facts.statement.private else f"\n**{facts.guarantee}**\n"
     return f"""# Synthetic patients of study {plan.name}
 
@@ -34,9 +35,9 @@ def _what(facts: ReleaseFacts, n_patients: int) -> str:
 Release `{facts.identifier}`, made with {facts.software}. Purpose of the study: {plan.purpose}
 
 {n_patients} synthetic patients, each with gene expression ({len(plan.genes.panel)} genes), tumour morphology, a tumour
-mask and MRI ({", ".join(image.sequences)}; {image.slices} slices of {image.size} x {image.size}). All parts of a patient
+mask and MRI ({", ".join(facts.sequences)}; {image.slices} slices of {image.size} x {image.size}). All parts of a patient
 were drawn along one chain, genes -> morphology -> image and mask, so they belong together.
-"""
+{selection}"""
 
 
 def _where(facts: ReleaseFacts, formats: Collection[str]) -> str:

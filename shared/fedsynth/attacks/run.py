@@ -34,10 +34,11 @@ from fedsynth.attacks.transcript import Transcript
 from fedsynth.attacks.values import Attacks, AttributeAttack, CopyCheck, Distances
 from fedsynth.errors import UsageError
 from fedsynth.evaluation.evaluate import phantom_extractor
-from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.patients import Patients, seen
 from fedsynth.metrics.domain_extractor import DomainExtractor
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
+from fedsynth.selection import Selected, sequences_of, with_sequences
 from fedsynth.synthetic import SyntheticPatient, subject_digest
 
 _NAMES: dict[Space, str] = {"images": "images", "genes": "genes", "both": "images and genes"}
@@ -84,6 +85,7 @@ def attack_release(
     seed: int,
     public_only: Sequence[SyntheticPatient] | None = None,
     transcript: Transcript | None = None,
+    selected: Selected | None = None,
 ) -> Attacks:
     """Attack the patients of a release.
 
@@ -98,6 +100,9 @@ def attack_release(
         seed: of every random draw.
         public_only: patients of a generator that saw no private data: the reference of the calibrated attack.
         transcript: the messages of training; without it nothing is attacked from the coordinator's view.
+        selected: what was selected for the release. Where it holds fewer sequences than the plan, who has the release
+            compares by these alone, and so must `public_only` patients and `extractor` be of these; the coordinator's view
+            is that of training, with all sequences.
 
     Raises:
         UsageError: ``sites_differ``: training and held-out patients are not of the same sites;
@@ -106,16 +111,19 @@ def attack_release(
     started = time.monotonic()
     if train.site_names != holdout.site_names:
         raise UsageError("sites_differ", "Training and held-out patients are not of the same sites.")
-    if extractor is not None and extractor.channels != len(plan.image.sequences):
-        raise UsageError("extractor_channels", f"The extractor takes {extractor.channels} channels, not the plan's.")
+    sequences = sequences_of(plan, selected)
+    if extractor is not None and extractor.channels != len(sequences):
+        raise UsageError("extractor_channels", f"The extractor takes {extractor.channels} channels, not the images'.")
     draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(6)]
     if extractor is None:
-        extractor = phantom_extractor(len(plan.image.sequences), draws[0])
+        extractor = phantom_extractor(len(sequences), draws[0])
     judged, reference = _halves(holdout, draws[1])
     say("Describing patients for the attacks")
-    described = [describe_real(train, extractor), describe_real(holdout, extractor)]
-    made = describe_synthetic(plan, synthetic, extractor)
-    public = describe_synthetic(plan, public_only, extractor) if public_only else None
+    shown = with_sequences(plan, sequences)
+    seen_train, seen_holdout = seen(train, plan, sequences), seen(holdout, plan, sequences)
+    described = [describe_real(seen_train, extractor), describe_real(seen_holdout, extractor)]
+    made = describe_synthetic(shown, synthetic, extractor)
+    public = describe_synthetic(shown, public_only, extractor) if public_only else None
     scale = scale_of(described[1].take(reference) if public is None else public)
     sides = _Sides(described[0], described[1], made, public, judged, reference, scale)
 
@@ -128,9 +136,11 @@ def attack_release(
         not_done.append("The coordinator's view: the messages of training are not at hand.")
     else:
         say("Attacking the messages of training")
-        attempts = coordinator_attacks(
-            plan, transcript, train, holdout, (sides.train, sides.holdout), reference, extractor, draws[2]
-        )
+        whole, network = (sides.train, sides.holdout), extractor
+        if shown is not plan:  # patients as they were trained on, not as the release shows its own
+            network = phantom_extractor(len(plan.image.sequences), draws[0])
+            whole = describe_real(train, network), describe_real(holdout, network)
+        attempts = coordinator_attacks(plan, transcript, train, holdout, whole, reference, network, draws[2])
         scored += done(attempts, not_done)
     proving = sum(each.proves for each in scored)
     rates = [
@@ -150,7 +160,7 @@ def attack_release(
         n_synthetic=len(synthetic),
         membership=membership,
         attributes=done(_attribute_attacks(plan, sides, draws[4]), not_done),
-        copies=done(_copy_checks(train, holdout, synthetic, names, sides), not_done),
+        copies=done(_copy_checks(seen_train, seen_holdout, synthetic, names, sides), not_done),
         distances=done(_sanity(sides, draws[5]), not_done),
         not_done=not_done,
         seconds=time.monotonic() - started,

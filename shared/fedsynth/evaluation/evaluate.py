@@ -18,7 +18,7 @@ from fedsynth.evaluation.detection import detection
 from fedsynth.evaluation.fidelity import fidelity
 from fedsynth.evaluation.fidelity_distances import GroupNames
 from fedsynth.evaluation.genes import genes
-from fedsynth.evaluation.patients import Patients
+from fedsynth.evaluation.patients import Patients, seen
 from fedsynth.evaluation.radiogenomics import radiogenomics, remeasured
 from fedsynth.evaluation.samples import (
     real_profiles,
@@ -28,13 +28,14 @@ from fedsynth.evaluation.samples import (
     synthetic_volumes,
 )
 from fedsynth.evaluation.utility import utility
-from fedsynth.evaluation.values import Evaluation
+from fedsynth.evaluation.values import Evaluation, Section
 from fedsynth.metrics.domain_extractor import DomainExtractor, train_extractor
 from fedsynth.metrics.feature_network import Ensemble, PairDistance, domain_ensemble
 from fedsynth.metrics.measurable import NotMeasurable
 from fedsynth.metrics.phantoms import phantom_slices
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
+from fedsynth.selection import Selected, mix_words, sequences_of, with_sequences
 from fedsynth.synthetic import SyntheticPatient, subject_digest
 
 PHANTOMS = 4000
@@ -53,6 +54,7 @@ def evaluate(
     further_extractors: Sequence[DomainExtractor] = (),
     networks: Sequence[Ensemble] = (),
     lpips: PairDistance | None = None,
+    selected: Selected | None = None,
 ) -> Evaluation:
     """Measure fidelity, utility, radiogenomics and genes of a release.
 
@@ -70,16 +72,21 @@ def evaluate(
         further_extractors: `extractor` trained again from other seeds: distances in features are averaged over all.
         networks: further feature networks, e.g. from files (`fedsynth.metrics.onnx_network`), each with its own figures.
         lpips: a learned perceptual distance, for diversity.
+        selected: what was selected for the release. Where it holds fewer sequences than the plan, real patients are compared
+            by these alone, and so must `public_only` patients and `extractor` be of these; where the mix of patients was
+            chosen, every section says so.
 
     Raises:
         UsageError: ``extractor_channels`` or ``synthetic_label_unknown``.
     """
+    train, holdout = (seen(patients, plan, sequences_of(plan, selected)) for patients in (train, holdout))
+    plan = with_sequences(plan, sequences_of(plan, selected))
     channels = len(plan.image.sequences)
     given = [each for each in (extractor, *further_extractors) if each is not None]
     if any(each.channels != channels for each in given):
         raise UsageError(
             "extractor_channels",
-            f"An extractor takes {[each.channels for each in given]} channels, the plan has {channels} sequences.",
+            f"An extractor takes {[each.channels for each in given]} channels, the images have {channels} sequences.",
         )
     # A stream a section: what one section draws does not shift the numbers of the next.
     draws = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(6)]
@@ -129,8 +136,20 @@ def evaluate(
         n_train=len(train),
         n_holdout=len(holdout),
         n_synthetic=len(synthetic),
-        sections=sections,
+        sections=[_said_of_selection(section, selected, plan) for section in sections],
     )
+
+
+def _said_of_selection(section: Section, selected: Selected | None, plan: StudyPlan) -> Section:
+    """`section`, which says first that what it measured was chosen."""
+    chosen = [] if selected is None else mix_words(selected.asked, plan)
+    if not chosen:
+        return section
+    explanation = (
+        f"{' '.join(chosen)} The real patients beside them are not chosen, so every figure that depends on who the patients "
+        f"are (distances, marginal distributions, class figures) shows that choice, too. {section.explanation}"
+    )
+    return section.model_copy(update={"explanation": explanation})
 
 
 def _no_network(genes: NDArray[np.float32]) -> NDArray[np.floating]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedsynth.plan import StudyPlan
+from fedsynth.selection import channels_of
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,10 @@ class Patients:
             self.sites[keep],
             self.site_names,
         )
+
+
+def seen(patients: Patients, plan: StudyPlan, sequences: Sequence[str]) -> Patients:
+    """`patients` of `plan` with the channels of `sequences` alone, as a release that holds no others shows its own."""
+    if list(sequences) == plan.image.sequences:
+        return patients
+    return replace(patients, images=patients.images[:, channels_of(plan, sequences)])

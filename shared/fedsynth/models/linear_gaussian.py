@@ -90,8 +90,15 @@ class LinearGaussianProfiles:
 
     def draw(self, count: int, generator: torch.Generator) -> SyntheticProfiles:
         """Draw `count` synthetic patients: genes (count, G) on the plan's scale, morphology (count, F) in [0, 1], labels."""
-        r = len(self._genes_scale)
-        labels = torch.multinomial(self._prior, count, replacement=True, generator=generator)
+        return self._given(torch.multinomial(self._prior, count, replacement=True, generator=generator), generator)
+
+    def draw_class(self, code: int, count: int, generator: torch.Generator) -> SyntheticProfiles:
+        """Draw `count` synthetic patients of the class `code`, exactly: given its class a patient is a normal variable."""
+        return self._given(torch.full((count,), code), generator)
+
+    def _given(self, labels: Tensor, generator: torch.Generator) -> SyntheticProfiles:
+        """One patient for each of the class codes `labels` (N,)."""
+        r, count = len(self._genes_scale), len(labels)
         normal = torch.randn(count, self._means.shape[1], generator=generator, dtype=torch.float64)
         both = self._means[labels] + normal @ self._root.T
         residual = torch.randn(count, len(self._basis), generator=generator, dtype=torch.float64) * self._residual_sd
