@@ -100,7 +100,7 @@ def _of_one(loss: Callable[..., Tensor], trained: dict[str, Tensor], patient: li
 
 
 def _clipped(gradients: list[Tensor], clip: float) -> list[Tensor]:
-    """Sums (...) of `gradients` (P, ...), of which one patient's make up one vector; they are overwritten."""
+    """Sums (...) of `gradients` (P, ...), of which one patient's make up one vector."""
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     finite = norms.isfinite()
     factors = torch.where(finite, clip / (norms + _STABILITY), 0.0).clamp(max=1.0)
@@ -109,8 +109,8 @@ def _clipped(gradients: list[Tensor], clip: float) -> list[Tensor]:
         one_a_patient = (-1, *(1 for _ in gradient.shape[1:]))
         # 0 times infinity is NaN, so what is not finite is replaced, not weighted. A plain product and sum: a matrix
         # product may round more coarsely on some devices, and what is added would be longer than what was measured.
-        kept = gradient.masked_fill_(~finite.reshape(one_a_patient), 0.0)
-        sums.append(kept.mul_(factors.reshape(one_a_patient)).sum(0))
+        kept = gradient.masked_fill(~finite.reshape(one_a_patient), 0.0)
+        sums.append((kept * factors.reshape(one_a_patient)).sum(0))
     return sums
 
 
@@ -125,6 +125,16 @@ class _Bound(nn.Module):
     def forward(self, *patient: Tensor) -> Tensor:
         """The losses of one patient."""
         return self._losses(self.model, *patient)
+
+
+def held(module: nn.Module, call: Callable[[nn.Module], Tensor]) -> Tensor:
+    """What `call` makes of `module` with all its parameters taken as constants; gradients pass through to its inputs.
+
+    So a part of a joint loss uses a network without moving it: a generator's feature matching, the discriminator.
+    """
+    constants = {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    found: Tensor = functional_call(_Bound(module, call), constants, ())
+    return found
 
 
 def input_gradients(scores: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
