@@ -1,8 +1,9 @@
 """Private training of the two networks over expression profiles: autoencoder and radiogenomic DNN.
 
-A block draws, clips and noises whole patients and steps with the plan's optimiser. Its moments start anew in every block:
-they are functions of noisy gradients and could be kept, but averaging over sites moves the weights away from where they
-were gathered. The learning rate goes on from block to block: it depends on the step's number alone.
+A block draws, clips and noises whole patients and steps with the plan's optimiser; in a study without privacy it draws
+them and takes the mean gradient. The optimiser's moments start anew in every block: they could be kept, but averaging over
+sites moves the weights away from where they were gathered. The learning rate goes on from block to block, since it depends
+on the step's number alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsynth.dp.accounting import Mechanism
+from fedsynth.dp.plain import make_plain, plain_step
 from fedsynth.dp.randomness import Randomness, poisson_draw
-from fedsynth.dp.step import make_private, private_step
+from fedsynth.dp.step import PrivateLosses, make_private, private_step
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, project_nonnegative, radiogenomic_losses
 from fedsynth.plan import StudyPlan, TrainingPlan
@@ -25,6 +27,8 @@ from fedsynth_client.training.block import BlockResult, detached, public_generat
 
 # Rows of the drawn patients and the module -> one loss a patient.
 PatientLosses = Callable[[Tensor, nn.Module], Tensor]
+# Number of drawn patients and their losses -> one step.
+Step = Callable[[int, PrivateLosses], None]
 
 
 def train_autoencoder(
@@ -47,7 +51,7 @@ def train_autoencoder(
         noise = torch.randn(len(drawn), plan.autoencoder.latent_dim, generator=generator)
         return autoencoder_losses(module, genes[drawn], noise, plan.autoencoder.kl_weight)
 
-    return _train(plan.autoencoder, model, weights, len(genes), losses, mechanism, randomness, first_step)
+    return _train(plan, plan.autoencoder, model, weights, len(genes), losses, mechanism, randomness, first_step)
 
 
 def train_radiogenomics(
@@ -84,12 +88,14 @@ def train_radiogenomics(
     # Dropout draws from torch's global stream; its masks need no secrecy, only independence of the data.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(public_generator(randomness).initial_seed())
+        section = plan.radiogenomics
         return _train(
-            plan.radiogenomics, model, weights, len(genes), losses, mechanism, randomness, first_step, project
+            plan, section, model, weights, len(genes), losses, mechanism, randomness, first_step, after_step=project
         )
 
 
 def _train(
+    plan: StudyPlan,
     training: TrainingPlan,
     model: nn.Module,
     weights: State,
@@ -103,21 +109,38 @@ def _train(
     model.load_state_dict(weights)
     model.train()
     optimizer = _optimizer(model, training)
-    private = make_private(
-        model,
-        optimizer,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=training.max_grad_norm,
-        expected_batch=training.expected_batch,
-        randomness=randomness,
-    )
+    step_on = _stepper(plan, training, model, optimizer, mechanism, randomness)
     for step in range(first_step, first_step + mechanism.steps):
         set_learning_rate(optimizer, training.learning_rate, training, step)
         drawn = poisson_draw(patients, mechanism.sample_rate, randomness)
-        private_step(private, len(drawn), partial(_at, losses, drawn))
+        step_on(len(drawn), partial(_at, losses, drawn))
         after_step()
     after = detached(model.state_dict())
     return BlockResult(after, {"update_norm": update_norm(weights, after)}, {})
+
+
+def _stepper(
+    plan: StudyPlan,
+    training: TrainingPlan,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mechanism: Mechanism,
+    randomness: Randomness,
+) -> Step:
+    """The private step, or the plain one of a study without privacy."""
+    if plan.privacy.private:
+        private = make_private(
+            model,
+            optimizer,
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=training.max_grad_norm,
+            expected_batch=training.expected_batch,
+            randomness=randomness,
+        )
+        return partial(private_step, private)
+    if mechanism.noise_multiplier:
+        raise ValueError("a study without privacy adds no noise, so none may be charged")
+    return partial(plain_step, make_plain(model, optimizer, plan.privacy))
 
 
 def _optimizer(model: nn.Module, training: TrainingPlan) -> torch.optim.Optimizer:
