@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedsynth.epsilons import from_json, to_json
 from fedsynth.errors import JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.models.dcgan import initialise
@@ -21,12 +23,17 @@ from fedsynth.records import PUBLIC, State, state_digest
 
 FILE = "checkpoint.safetensors"
 
+_EPSILONS = ("epsilon", "epsilon_lifetime")
+
 CurveRow = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A site's newest receipt of one module: what its ledger holds, as it said with its last reply."""
+    """A site's newest receipt of one module: what its ledger holds, as it said with its last reply.
+
+    Both epsilons are infinite in a study without privacy; the checkpoint's JSON has ``null`` there.
+    """
 
     head: str
     epsilon: float
@@ -34,6 +41,16 @@ class Receipt:
     steps: int
     private: bool
     order: int
+
+
+def _written(receipt: Receipt) -> dict[str, object]:
+    """`receipt` as it is written in JSON; `_receipt` reads it."""
+    epsilons = {key: to_json(getattr(receipt, key)) for key in _EPSILONS}
+    return {**vars(receipt), **epsilons}
+
+
+def _receipt(written: dict[str, Any]) -> Receipt:
+    return Receipt(**{**written, **{key: from_json(written[key]) for key in _EPSILONS}})
 
 
 @dataclass(frozen=True)
@@ -116,10 +133,15 @@ def save_state(state: StudyState, folder: Path) -> None:
         "rounds": state.rounds,
         "curves": state.curves,
         "fits": state.fits,
-        "receipts": {s: {m: vars(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
-        "evaluated": None if state.evaluated is None else asdict(state.evaluated),
+        "receipts": {s: {m: _written(r) for m, r in by_module.items()} for s, by_module in state.receipts.items()},
+        "evaluated": None
+        if state.evaluated is None
+        else {
+            "receipts": {site: _written(receipt) for site, receipt in state.evaluated.receipts.items()},
+            "missing": state.evaluated.missing,
+        },
     }
-    content = save(tensors, {"state": json.dumps(rest, sort_keys=True)})
+    content = save(tensors, {"state": json.dumps(rest, sort_keys=True, allow_nan=False)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / FILE, content)
@@ -162,10 +184,10 @@ def load_state(folder: Path, plan: StudyPlan) -> StudyState | None:
             f"{path} belongs to a study of digest {rest['study'][:12]}, not to this plan ({plan.digest[:12]}).",
             "Use another folder for another plan.",
         )
-    receipts = {s: {m: Receipt(**r) for m, r in by_module.items()} for s, by_module in rest["receipts"].items()}
+    receipts = {s: {m: _receipt(r) for m, r in by_module.items()} for s, by_module in rest["receipts"].items()}
     evaluated = None
     if rest.get("evaluated") is not None:  # a checkpoint of an earlier version has no such entry
-        held_out = {site: Receipt(**receipt) for site, receipt in rest["evaluated"]["receipts"].items()}
+        held_out = {site: _receipt(receipt) for site, receipt in rest["evaluated"]["receipts"].items()}
         evaluated = Evaluated(held_out, rest["evaluated"]["missing"])
     return StudyState(rest["study"], weights, rest["rounds"], rest["curves"], receipts, rest["fits"], evaluated)
 

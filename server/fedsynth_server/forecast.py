@@ -9,6 +9,8 @@ forecast of a module that is trained is the ratio of the two over the whole run,
 for T steps at K sites. Of a statistic that is released once the ratio is that of the noise of the mean over all sites
 to what it usually has to tell (`fedsynth_server.statistics_forecast`). Either is a comparison of plans, not a prediction
 of quality: well below its limit the signal comes through, far above it nothing does.
+
+A study without privacy has no noise: every ratio is 0, every epsilon infinite, and no statistic needs a forecast.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class SiteBudget:
         site: which.
         epsilon: all modules composed.
         epsilon_summed: the sum of the modules' epsilons, each alone with the same noise.
-        split_noise: by module, how many times the noise it would need if epsilon were split and each paid its share alone.
+        split_noise: by module, how many times the noise it would need if epsilon were split and each paid its share alone;
+            empty where there is no noise.
     """
 
     site: str
@@ -128,7 +131,7 @@ def forecast(plan: StudyPlan, public: Mapping[str, State] | None = None) -> Fore
     statistics = {
         module: forecast_statistic(plan, module, public)
         for module in plan.modules
-        if isinstance(plan.training(module), StatisticPlan)
+        if plan.privacy.private and isinstance(plan.training(module), StatisticPlan)
     }
     ratio = {module: found.noise_to_signal for module, found in statistics.items()}
     modules = [_module(plan, site.name, module, ratio.get(module)) for site in plan.sites for module in plan.modules]
@@ -137,7 +140,9 @@ def forecast(plan: StudyPlan, public: Mapping[str, State] | None = None) -> Fore
 
 
 def noise_to_signal(plan: StudyPlan, site: str, module: Module, public: Mapping[str, State] | None = None) -> float:
-    """The ratio of one module at one site; `public` as for `forecast`."""
+    """The ratio of one module at one site; `public` as for `forecast`. 0 without privacy."""
+    if not plan.privacy.private:
+        return 0.0
     training = plan.training(module)
     if isinstance(training, StatisticPlan):
         return forecast_statistic(plan, module, public or {}).noise_to_signal
@@ -224,5 +229,6 @@ def _budget(plan: StudyPlan, site: str) -> SiteBudget:
         {
             module: found.modules[module].noise_multiplier_split / found.modules[module].noise_multiplier
             for module in plan.modules
+            if plan.privacy.private
         },
     )

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsynth.cli import envelope
+from fedsynth.epsilons import finite, shown
 from fedsynth.errors import UsageError
+from fedsynth.marks import CONSEQUENCES, marks
 from fedsynth.plan import StudyPlan
 from fedsynth.recommend import PublicStarts
 from fedsynth.records import PUBLIC, State, state_digest
@@ -35,19 +37,21 @@ def show_forecast(plan: StudyPlan, as_json: bool, weights: Path | None = None) -
     """
     starts, public = _read_weights(plan, weights)
     found = forecast(plan, public)
-    engines, helps = engine_advice(plan, starts, public), levers(plan, found, public)
-    warnings = [each.sentence for each in helps] + _loose_delta(plan)
+    # Without noise there is no trade between engines, and no delta.
+    private = plan.privacy.private
+    engines, helps = (engine_advice(plan, starts, public), levers(plan, found, public)) if private else ([], [])
+    warnings = [each.sentence for each in helps] + (_loose_delta(plan) if private else [])
     if as_json:
-        envelope(
-            {
-                "digest": plan.digest,
-                "epsilon": found.epsilon,
-                **asdict(found),
-                "engines": [asdict(each) | {"follows": each.follows} for each in engines],
-                "levers": [asdict(each) for each in helps],
-                "advice": warnings,
-            }
-        )
+        told = {
+            "digest": plan.digest,
+            "marks": marks(plan.privacy),
+            "epsilon": found.epsilon,
+            **asdict(found),
+            "engines": [asdict(each) | {"follows": each.follows} for each in engines],
+            "levers": [asdict(each) for each in helps],
+            "advice": warnings,
+        }
+        envelope(finite(told))  # an infinite epsilon is null
         return
     _print(plan, found, engines, Console())
     for line in warnings:
@@ -84,6 +88,10 @@ def _loose_delta(plan: StudyPlan) -> list[str]:
 
 def _print(plan: StudyPlan, found: Forecast, engines: list[EngineAdvice], console: Console) -> None:
     console.print(f"Study {plan.name}, digest {plan.digest}", soft_wrap=True)
+    for mark in marks(plan.privacy):
+        console.print(f"[bold red]{mark}[/]", soft_wrap=True)
+    if not plan.privacy.private:
+        console.print(CONSEQUENCES, soft_wrap=True)
     table = Table(
         title=f"Before anything is spent (unit: patient, delta {plan.privacy.delta:g})",
         title_justify="left",
@@ -98,7 +106,7 @@ def _print(plan: StudyPlan, found: Forecast, engines: list[EngineAdvice], consol
             f"{m.sample_rate:.3f}",
             f"{m.noise_multiplier:g}",
             str(m.steps),
-            f"{m.epsilon_alone:.3f}",
+            shown(m.epsilon_alone),
             f"{m.noise_to_batch:.3f}",
             f"[{_COLOURS[m.reading]}]{m.noise_to_signal:.2f}[/]",
         )
@@ -109,6 +117,11 @@ def _print(plan: StudyPlan, found: Forecast, engines: list[EngineAdvice], consol
         style="dim",
     )
     for budget in found.budgets:
+        if not plan.privacy.private:
+            console.print(
+                f"{budget.site}: all modules together epsilon infinite: no patient is protected", soft_wrap=True
+            )
+            continue
         text = f"{budget.site}: all modules together epsilon {budget.epsilon:.4f} of {plan.privacy.epsilon:g}"
         if len(budget.split_noise) > 1:
             more = max(budget.split_noise.values())

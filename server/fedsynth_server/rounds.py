@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from fedsynth.budget import evaluation_mechanism, noise_multipliers
 from fedsynth.errors import FedsynthError, JobFailed
+from fedsynth.marks import marks
 from fedsynth.models.gene_autoencoder import make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, start_from_encoder
 from fedsynth.plan import Activity, Module, StudyPlan
@@ -389,10 +390,11 @@ def _accept(plan: StudyPlan, reply: Message, current: _Round, site: str, order: 
     weights = from_record(reply.content, WEIGHTS[module], current.expected, largest_norm=largest)
     progress: CurveRow = {key: _number(value) for key, value in reply.content.metric_records["progress"].items()}
     stated = reply.content.config_records["receipt"]
+    endless = not plan.privacy.private and module != "evaluation"
     receipt = Receipt(
         head=str(stated["head"]),
-        epsilon=_number(stated["epsilon"]),
-        epsilon_lifetime=_number(stated["epsilon_lifetime"]),
+        epsilon=_epsilon(stated["epsilon"], endless),
+        epsilon_lifetime=_epsilon(stated["epsilon_lifetime"], endless),
         steps=int(_number(stated["steps"])),
         private=stated["private"] is True,
         order=order,
@@ -426,15 +428,17 @@ def _check_receipt(
 
     Raises:
         JobFailed: ``ledger_went_back``: a ledger only grows, so a site that states less than before has lost entries, and
-            with them what it spent. ``receipt_not_private``: noise from a seed, which the plan does not ask for.
+            with them what it spent. ``receipt_not_private``: no noise or noise from a seed, which the plan does not ask for.
         Refused: as `check_receipts`, of an evaluation as `check_holdout_receipt`.
     """
-    if plan.privacy.reproducible_seed is None and not receipt.private:
-        raise JobFailed("receipt_not_private", "A site states that its noise came from a seed.")
+    if not marks(plan.privacy) and not receipt.private:
+        raise JobFailed("receipt_not_private", "A site states that it added no noise, or noise from a seed.")
     if module == "evaluation":  # of other people: nothing of theirs was stated before
         check_holdout_receipt(plan, site, receipt)
         return
-    if any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
+    # Of a study without privacy every epsilon is infinite, so there the steps alone tell.
+    fewer = module in earlier and receipt.steps < earlier[module].steps
+    if fewer or any(receipt.epsilon < before.epsilon - 1e-9 for before in earlier.values()):
         raise JobFailed("ledger_went_back", "A site's ledger holds less of this study than it did before.")
     check_receipts(plan, site, {**earlier, module: receipt})
 
@@ -452,6 +456,11 @@ def _number(value: object) -> float:
     if not isinstance(value, int | float) or not math.isfinite(value):
         raise JobFailed("reply_malformed", "A reply holds something else where a finite number belongs.")
     return float(value)
+
+
+def _epsilon(value: object, endless: bool) -> float:
+    """An epsilon of a receipt; infinite only where the plan itself is without privacy."""
+    return math.inf if endless and value == math.inf else _number(value)
 
 
 def _aggregate(

@@ -109,7 +109,9 @@ def site_evaluation(plan: StudyPlan, state: StudyState) -> SiteEvaluation:
         evaluators=state_digest(state.weights[EVALUATORS]),
         epsilon_budget=plan.site_evaluation.epsilon,
         delta=plan.privacy.delta,
-        private=plan.privacy.reproducible_seed is None and all(receipt.private for receipt in receipts.values()),
+        # Held-out patients have an account of their own, and noise also in a study without privacy.
+        private=plan.privacy.reproducible_seed is None
+        and all(receipt.private or not plan.privacy.private for receipt in receipts.values()),
         meanings=meanings(plan),
         sites=[
             SiteScores(

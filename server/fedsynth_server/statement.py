@@ -9,6 +9,7 @@ from fedsynth.budget import evaluation_mechanism, mechanism
 from fedsynth.dp.accounting import Accountant, epsilon
 from fedsynth.dp.randomness import SeededRandomness, SystemRandomness
 from fedsynth.errors import Refused
+from fedsynth.marks import marks
 from fedsynth.plan import Module, SiteEvaluationPlan, StudyPlan
 from fedsynth.statement import HoldoutStatement, Mechanism, PrivacyStatement, SiteStatement
 from fedsynth_server.checkpoint import Receipt, StudyState
@@ -17,6 +18,19 @@ _TRUST = (
     "Each hospital trusts its own machines. The coordinator is honest-but-curious: it sees every site's noisy weights "
     "and sums, and the epsilon of a site holds against it as well as against recipients. Sites need not trust each other."
 )
+_NO_TRUST = (
+    "Whoever receives what a site sent is trusted with its patients: nothing of theirs was clipped or noised. The "
+    "coordinator sees every site's exact weights and sums. Nothing is claimed against those who receive what was made from "
+    "them, either."
+)
+_NO_COMPOSITION = (
+    "Nothing composes to a finite epsilon: whatever else they take part in, the epsilon of these training patients is "
+    "infinite from this study on."
+)
+_NOTHING_COVERED = (
+    "everything about the training patients: without noise there is no guarantee that could cover anything"
+)
+_NO_NOISE = "none: a study without privacy"
 _COMPOSITION = (
     "Disjoint patients at several sites compose in parallel: a patient's epsilon is that of the patient's own site. A "
     "patient who is treated at two sites of the study has at most the sum of both epsilons, at the sum of both deltas. "
@@ -153,7 +167,8 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
         )
     receipts = [receipt for by_module in state.receipts.values() for receipt in by_module.values()]
     receipts += [] if state.evaluated is None else state.evaluated.receipts.values()
-    private = plan.privacy.reproducible_seed is None and all(receipt.private for receipt in receipts)
+    private = not marks(plan.privacy) and all(receipt.private for receipt in receipts)
+    composition = _COMPOSITION if plan.privacy.private else _NO_COMPOSITION
     accountant, package = _ACCOUNTANTS[plan.privacy.accountant]
     return PrivacyStatement(
         study=plan.name,
@@ -164,18 +179,29 @@ def privacy_statement(plan: StudyPlan, state: StudyState) -> PrivacyStatement:
         delta=plan.privacy.delta,
         accountant=accountant,
         accountant_version=f"{package} {version(package)}",
-        noise_source=SystemRandomness.description if private else SeededRandomness.description,
+        noise_source=_noise_source(plan, private),
         sites=sites,
-        trust_model=_TRUST,
-        composition=_COMPOSITION if plan.site_evaluation is None else _COMPOSITION + _HOLDOUT,
+        trust_model=_TRUST if plan.privacy.private else _NO_TRUST,
+        composition=composition if plan.site_evaluation is None else composition + _HOLDOUT,
         not_covered=_not_covered(plan),
         intended_use="Developing and teaching methods for paired imaging and expression data; software tests.",
         forbidden_use="Diagnosis or treatment of anyone; attempts to single out or to re-identify a person.",
     )
 
 
+def _noise_source(plan: StudyPlan, private: bool) -> str:
+    """Where noise came from; of a study without privacy the only noise there can be is that of the sites' evaluation."""
+    if plan.privacy.private:
+        return SystemRandomness.description if private else SeededRandomness.description
+    if plan.site_evaluation is None:
+        return _NO_NOISE
+    source = SystemRandomness if plan.privacy.reproducible_seed is None else SeededRandomness
+    return f"{_NO_NOISE}; of the sums over held-out patients alone: {source.description}"
+
+
 def _not_covered(plan: StudyPlan) -> list[str]:
-    listed = list(_NOT_COVERED)
+    listed = [] if plan.privacy.private else [_NOTHING_COVERED]
+    listed += _NOT_COVERED
     if any(site.countersign_key for site in plan.sites):
         listed.append(_COUNTERSIGNED)
     if plan.privacy.accountant == "prv":

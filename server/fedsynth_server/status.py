@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from fedsynth.files import DISK_FULL, write_atomic
+from fedsynth.marks import marks
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
 
@@ -39,6 +40,7 @@ class StudyStatus(BaseModel):
 
     Attributes:
         study: the plan's digest.
+        marks: why the study protects nobody, in words (`fedsynth.marks`); empty where it is private.
         phase: what the study is doing.
         code: cause of ``paused`` and ``failed``.
         message: one sentence for a person.
@@ -50,6 +52,7 @@ class StudyStatus(BaseModel):
     """
 
     study: str
+    marks: list[str] = []
     phase: Phase = "waiting"
     code: str = ""
     message: str = ""
@@ -77,7 +80,7 @@ class StatusFile:
     def __post_init__(self) -> None:
         now = datetime.now(UTC)
         sites = {site.name: SiteStatus(since=now) for site in self.plan.sites}
-        self.status = StudyStatus(study=self.plan.digest, sites=sites, since=now)
+        self.status = StudyStatus(study=self.plan.digest, marks=marks(self.plan.privacy), sites=sites, since=now)
 
     def phase(self, phase: Phase, message: str = "", code: str = "") -> None:
         """Enter `phase`."""

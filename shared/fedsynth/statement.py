@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from fedsynth.epsilons import Epsilon
 from fedsynth.plan import Module
 
 
@@ -19,7 +21,8 @@ class Mechanism(_Value):
     A statistic that is released once takes every patient: `sample_rate` 1, one step, `max_grad_norm` of a patient's row.
 
     `steps` counts what was charged to the ledger, `steps_planned` what the plan foresaw; `epsilon_alone` is the epsilon
-    of this module by itself (modules compose to less than the sum of these).
+    of this module by itself (modules compose to less than the sum of these). Without privacy `noise_multiplier` is 0,
+    nothing was clipped, and `epsilon_alone` is infinite.
     """
 
     module: Module
@@ -28,7 +31,7 @@ class Mechanism(_Value):
     max_grad_norm: float
     steps: int
     steps_planned: int
-    epsilon_alone: float
+    epsilon_alone: Epsilon
 
 
 class HoldoutStatement(_Value):
@@ -38,8 +41,8 @@ class HoldoutStatement(_Value):
     `epsilon_lifetime` over all studies. A row was clipped to `max_grad_norm`, and every held-out patient took part.
     """
 
-    epsilon: float
-    epsilon_lifetime: float
+    epsilon: Epsilon
+    epsilon_lifetime: Epsilon
     noise_multiplier: float
     max_grad_norm: float
 
@@ -54,8 +57,8 @@ class SiteStatement(_Value):
 
     name: str
     nominal_patients: int
-    epsilon: float
-    epsilon_lifetime: float
+    epsilon: Epsilon
+    epsilon_lifetime: Epsilon
     ledger_head: str
     mechanisms: list[Mechanism]
     holdout: HoldoutStatement | None = None
@@ -64,7 +67,8 @@ class SiteStatement(_Value):
 class PrivacyStatement(_Value):
     """Everything a data officer needs to judge a release's formal guarantee, and what that guarantee leaves out.
 
-    `private` is false when noise was reproducible (a seeded run): then the epsilons are not a guarantee.
+    `private` is false when noise was reproducible (a seeded run): then the epsilons are not a guarantee. It is false of a
+    study without privacy, too, whose epsilons are infinite: in JSON they are ``null`` (`fedsynth.epsilons`).
     `holdout_epsilon_budget` is what the plan allows to spend of a held-out patient, None where it has no evaluation.
     """
 
@@ -74,7 +78,7 @@ class PrivacyStatement(_Value):
     private: bool
     unit: Literal["patient"] = "patient"
     neighbouring: str = "data sets that differ by adding or removing all data of one patient"
-    epsilon_budget: float
+    epsilon_budget: Epsilon
     holdout_epsilon_budget: float | None = None
     delta: float
     accountant: str
@@ -86,3 +90,14 @@ class PrivacyStatement(_Value):
     not_covered: list[str]
     intended_use: str
     forbidden_use: str
+
+    @property
+    def without_privacy(self) -> bool:
+        """Whether the study was one without privacy: nothing was clipped or noised."""
+        return math.isinf(self.epsilon_budget)
+
+    @model_validator(mode="after")
+    def _is_not_called_private_without_privacy(self) -> Self:
+        if self.private and (self.without_privacy or any(math.isinf(site.epsilon) for site in self.sites)):
+            raise ValueError("private: an infinite epsilon protects nobody")
+        return self

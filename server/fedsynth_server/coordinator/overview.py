@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from fedsynth.deployment.supervisor import is_running, read_status
 from fedsynth.errors import FedsynthError
+from fedsynth.marks import marks
 from fedsynth_server.coordinator.progress import progress_of
 from fedsynth_server.coordinator.registry import Registry, read_registry
 from fedsynth_server.coordinator.settings import Study
@@ -54,8 +55,9 @@ class ProcessView(BaseModel):
 
 
 class Overview(BaseModel):
-    """Everything that `fedsynth study status` shows."""
+    """Everything that `fedsynth study status` shows; `marks` says why the study protects nobody, if so."""
 
+    marks: list[str] = []
     study: str
     digest: str
     running: bool
@@ -83,6 +85,8 @@ _REMEDIES = {
     "task_of_another_site": "is not the site under whose name its key was added; revoke it, and add the right key",
     "policy_missing": "has no policy, so it allows nothing",
     "module_not_allowed": "does not allow this module",
+    "not_private_not_allowed": "does not allow studies without privacy",
+    "reproducible_noise_not_allowed": "does not allow reproducible noise",
     "epsilon_above_policy": "allows less epsilon than the plan asks for",
     "budget_exceeded": "has not enough budget left for this plan",
     "cohort_too_small": "has fewer patients than its policy wants for this module",
@@ -93,7 +97,7 @@ _REMEDIES = {
     "ledger_went_back": "sent a receipt of a ledger that holds less than before; ask what was restored there",
     "epsilon_above_plan": "sent a receipt that the plan does not allow; its answers are left out; ask the site",
     "steps_above_plan": "sent a receipt that the plan does not allow; its answers are left out; ask the site",
-    "receipt_not_private": "states that its noise came from a seed; its answers are left out; ask the site",
+    "receipt_not_private": "states that it added no noise, or noise from a seed; its answers are left out; ask the site",
     "epsilon_below_charges": "states less than its answers must have cost; both sides install the same version",
     "ledger_set_back": "has a ledger that was set back, e.g. restored from a copy; it must not go on with that one",
     "no_answer": "did not answer within the round's time; it goes on, and is asked again",
@@ -123,6 +127,7 @@ def overview(study: Study) -> Overview:
     except FedsynthError as error:
         done, finished, heads = error.message, False, {}
     gathered = Overview(
+        marks=marks(plan.privacy),
         study=plan.name,
         digest=plan.digest,
         running=running,
@@ -231,6 +236,7 @@ def render(view: Overview) -> list[str]:
     where = f"{view.module} round {view.round} of {view.rounds}" if view.module else "before the first round"
     lines = [
         f"study      {view.study} ({view.digest[:12]})",
+        *(f"           {mark}" for mark in view.marks),
         f"phase      {view.phase}{_since(view.since)}: {where}",
         *([f"           {view.message}"] if view.message and view.phase in ("paused", "failed", "running") else []),
         f"done       {view.done}",

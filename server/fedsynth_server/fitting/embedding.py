@@ -72,7 +72,8 @@ def read_total(embedding: Embedding, total: Tensor, noise_sd: float, nominal_pat
     Args:
         embedding: the embedding.
         total: the sum over sites.
-        noise_sd: standard deviation of its noise in each coordinate.
+        noise_sd: standard deviation of its noise in each coordinate. Where it is 0, in a study without privacy, the error of
+            the mean is that of sampling: how far the mean of as many other patients would lie from it.
         nominal_patients: declared by the sites that contributed.
     """
     counts = total[: embedding.counts].double() / COUNT_WEIGHT
@@ -88,8 +89,16 @@ def read_total(embedding: Embedding, total: Tensor, noise_sd: float, nominal_pat
     if known < _FEWEST_KNOWN:
         says = says & ~embedding.of_label
     mean = torch.where(says, total[embedding.counts :].double() / divisor.clamp(min=1e-6), 0.0)
-    noise = torch.where(says, noise_sd / divisor.clamp(min=1e-6), torch.inf)
+    noise = torch.where(says, _error_of_mean(embedding, noise_sd, divisor.clamp(min=1e-6)), torch.inf)
     return Target(mean.float(), noise.float(), patients)
+
+
+def _error_of_mean(embedding: Embedding, noise_sd: float, patients: Tensor) -> Tensor:
+    """(dimensions,) standard deviation of each weighted mean over `patients` (dimensions,)."""
+    if noise_sd > 0:
+        return noise_sd / patients
+    variance = embedding.state["variance"].flatten()[embedding.chosen].double().clamp(min=1e-12)
+    return embedding.chosen_weight * (variance / patients).sqrt()
 
 
 def posterior(embedding: Embedding, target: Target) -> tuple[Tensor, Tensor]:

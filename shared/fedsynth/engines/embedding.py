@@ -192,7 +192,8 @@ def allocate_weights(variance: Tensor, residual: Tensor, noise: float, dimension
     Args:
         variance: mean square v of each coordinate over public patients.
         residual: e, of the same shape.
-        noise: s, standard deviation of the noise of a mean (noise of the sum over number of patients).
+        noise: s, standard deviation of the noise of a mean (noise of the sum over number of patients). At 0 the weights are
+            those that a vanishing noise leads to, w^2 in proportion to 1 / sqrt(v).
         dimensions: at most so many get a weight.
 
     Returns:
@@ -206,15 +207,18 @@ def allocate_weights(variance: Tensor, residual: Tensor, noise: float, dimension
     def squares(level: float) -> Tensor:
         return (noise**2 / e[kept] * (gain[kept] / (noise * level) - 1)).clamp(min=0)
 
-    low, high = 1e-12, float(gain[kept[0]]) / noise
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        if float((squares(middle) * v[kept]).sum()) > budget:
-            low = middle
-        else:
-            high = middle
+    def filled() -> Tensor:
+        low, high = 1e-12, float(gain[kept[0]]) / noise
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            if float((squares(middle) * v[kept]).sum()) > budget:
+                low = middle
+            else:
+                high = middle
+        return squares(low)
+
     weights = torch.zeros_like(v)
-    found = squares(low)
+    found = filled() if noise > 0 else v[kept].rsqrt()
     weights[kept] = (found * (budget / (found * v[kept]).sum())).sqrt()
     return weights.reshape(variance.shape).to(torch.float32)
 
