@@ -305,6 +305,9 @@ class GanPlan(TrainingPlan):
     `growth` says for how many rounds each resolution trains, from 8 x 8 pixels, doubling up to the image's size; the first
     `fade_in` (a share) of a resolution's steps blend it in. Empty: everything trains at full size from the start.
 
+    `spectral_norm` divides every weight of the discriminator by its largest singular value (Miyato et al. 2018), in place
+    of `discriminator_norm`; the architecture ``"enhanced"`` always does.
+
     `loss` is the adversarial loss (`fedsynth.losses`). `lipschitz` bounds the discriminator's slope: ``"weight_clip"``
     clamps its weights to [-`weight_clip`, `weight_clip`] after each step; ``"gradient_penalty"`` adds `penalty_weight` times
     the penalty at ``"interpolates"`` of a patient's slice and a fake, where it is part of the patient's gradient, or at
@@ -384,7 +387,23 @@ class GanPlan(TrainingPlan):
             )
         if self.discriminator_norm == "batch" and self.architecture != "dcgan":
             raise ValueError("gan.discriminator_norm = 'batch' is of the architecture 'dcgan' alone")
+        self._spectral_norm_fits()
         return self
+
+    def _spectral_norm_fits(self) -> None:
+        if self.spectral_norm and self.architecture == "vae":
+            raise ValueError("gan.spectral_norm: the architecture 'vae' has no discriminator")
+        if self.spectral_norm and self.discriminator_norm == "batch":
+            raise ValueError("gan.discriminator_norm = 'batch' would undo gan.spectral_norm: leave one of them out")
+        normalised = self.spectral_norm or self.architecture == "enhanced"
+        if normalised and self.discriminator_trains == "adapters":
+            raise ValueError(
+                "gan.discriminator_trains = 'adapters' cannot be merged into spectrally normalised weights"
+            )
+        if normalised and self.lipschitz == "weight_clip":
+            raise ValueError(
+                "gan.lipschitz = 'weight_clip' clamps weights whose scale spectral normalisation undoes: leave it out"
+            )
 
 
 class TranslationPlan(TrainingPlan):

@@ -1,1 +1,1 @@
-"""The networks: conditional DCGAN, gene-expression autoencoder, radiogenomic DNN."""
+"""The networks that make and judge images, by architecture; gene-expression autoencoder; radiogenomic DNN."""

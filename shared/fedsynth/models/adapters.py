@@ -12,6 +12,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 State = dict[str, Tensor]
 
@@ -27,7 +28,8 @@ class Adapted(nn.Module):
         generator: of A's first weights, which are normal with variance 1 / fan-in.
 
     Raises:
-        ValueError: a convolution in groups, whose merged weight would be none of its shape.
+        ValueError: a convolution in groups, whose merged weight would be none of its shape; or a parametrised weight,
+            which an adapter could not be merged into.
     """
 
     base: Adaptable
@@ -36,6 +38,8 @@ class Adapted(nn.Module):
 
     def __init__(self, base: Adaptable, rank: int, generator: torch.Generator) -> None:
         super().__init__()
+        if parametrize.is_parametrized(base):
+            raise ValueError("a layer with a parametrised weight (spectral normalisation) cannot be adapted")
         if not isinstance(base, nn.Linear) and base.groups != 1:
             raise ValueError("a convolution in groups cannot be adapted")
         self.base = base.requires_grad_(False)

@@ -12,12 +12,22 @@ from torch import nn
 from fedsynth.models.adapters import adapt
 from fedsynth.models.dcgan import Discriminator, Generator
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator
+from fedsynth.models.growth import active_parameters
+from fedsynth.models.images import make_companion, make_generator
+from fedsynth.models.progressive import ProgressiveDiscriminator, ProgressiveGenerator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
+from fedsynth.models.translator import make_domain_discriminators, make_translators
+from fedsynth.models.vae import Encoder
 from fedsynth.plan import Module, StudyPlan, Trains
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
-_HEADS: dict[type[nn.Module], tuple[str, ...]] = {Discriminator: ("score", "projection"), Generator: ("last",)}
+_HEADS: dict[type[nn.Module], tuple[str, ...]] = {
+    Discriminator: ("score", "projection"),
+    Generator: ("last",),
+    ProgressiveDiscriminator: ("score", "projection"),
+    ProgressiveGenerator: ("to_images",),
+    Encoder: ("latent",),
+}
 
 
 def make_trainable(model: nn.Module, trains: Trains, rank: int, generator: torch.Generator) -> dict[str, nn.Parameter]:
@@ -27,7 +37,8 @@ def make_trainable(model: nn.Module, trains: Trains, rank: int, generator: torch
         model: a network with its public weights loaded.
         trains: ``"all"``; ``"norms"``: scales and shifts of norms and all biases (the biases of a generator's
             modulations are the scales and shifts of its norms); ``"head"``: a discriminator's score and projection, a
-            generator's last convolution; ``"adapters"``: see `fedsynth.models.adapters.adapt`.
+            generator's last convolution (a growing one's layer to images of each resolution), an encoder's layer to the
+            latent; ``"adapters"``: see `fedsynth.models.adapters.adapt`.
         rank: of adapters.
         generator: of the adapters' first weights; nothing is drawn from it otherwise.
 
@@ -35,7 +46,7 @@ def make_trainable(model: nn.Module, trains: Trains, rank: int, generator: torch
         The parameters that train, by their names in the model, in the model's order.
 
     Raises:
-        ValueError: ``"head"`` of a network that has none.
+        ValueError: ``"head"`` of a network that has none; ``"adapters"`` beside spectrally normalised weights.
     """
     if trains == "adapters":
         adapt(model, rank, generator)
@@ -58,20 +69,27 @@ def _part(model: nn.Module, trains: Trains) -> list[nn.Parameter]:
 
 
 def trainable_parameters(plan: StudyPlan, module: Module) -> int:
-    """Number of parameters that receive noise when `module` trains.
+    """Number of parameters that receive noise in a private step of `module`; of growing networks, at the full size.
 
     Raises:
         ValueError: `module` is a statistic, which trains nothing.
     """
     if module == "autoencoder":
-        model: nn.Module = make_autoencoder(plan)
-    elif module == "radiogenomics":
-        model = make_radiogenomic_dnn(plan)
-    elif module == "gan":
-        model = make_discriminator(plan)
-    else:
-        raise ValueError(f"{module} is a statistic: it has coordinates, not parameters")
-    trains: Trains = plan.gan.discriminator_trains if module == "gan" else "all"
+        return _trained(make_autoencoder(plan), "all", plan)
+    if module == "radiogenomics":
+        return _trained(make_radiogenomic_dnn(plan), "all", plan)
+    if module == "gan":
+        companion = _trained(make_companion(plan), plan.gan.discriminator_trains, plan)
+        if not plan.gan.generator_is_private:
+            return companion
+        return companion + _trained(make_generator(plan), plan.gan.generator_trains, plan)
+    if module == "translation":
+        return _trained(make_translators(plan), "all", plan) + _trained(make_domain_discriminators(plan), "all", plan)
+    raise ValueError(f"{module} is a statistic: it has coordinates, not parameters")
+
+
+def _trained(model: nn.Module, trains: Trains, plan: StudyPlan) -> int:
     # Adapters draw their first weights, which are of no interest here.
     trained = make_trainable(model, trains, plan.gan.adapter_rank, torch.Generator())
-    return sum(parameter.numel() for parameter in trained.values())
+    active = set(active_parameters(model, None))
+    return sum(parameter.numel() for name, parameter in trained.items() if name in active)

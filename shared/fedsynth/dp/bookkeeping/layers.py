@@ -24,6 +24,7 @@ from fedsynth.dp.bookkeeping.gradients import (
     better_written,
 )
 from fedsynth.dp.bookkeeping.passes import Pass, UnsupportedLayerError
+from fedsynth.models.layers import Scale
 
 # Gradients of the parameters "weight" and "bias" of a layer, as far as it has them.
 Rule = Callable[[Pass], Mapping[str, PatientGradients]]
@@ -88,6 +89,11 @@ def _embedding(x: Pass) -> dict[str, PatientGradients]:
     return {"weight": Looked(indices, outputs, layer.weight.shape)}
 
 
+def _scale(x: Pass) -> dict[str, PatientGradients]:
+    products = x.inputs.to(x.outputs.dtype) * x.outputs
+    return {"weight": Written(products.reshape(x.patients, -1).sum(1, keepdim=True))}
+
+
 RULES: Mapping[type[nn.Module], Rule] = {
     nn.Linear: _linear,
     nn.Conv2d: convolution,
@@ -98,6 +104,7 @@ RULES: Mapping[type[nn.Module], Rule] = {
     nn.InstanceNorm2d: _instance_norm,
     nn.InstanceNorm3d: _instance_norm,
     nn.Embedding: _embedding,
+    Scale: _scale,
 }
 _NORMALISABLE = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
