@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fedsynth.dp.bookkeeping import Bookkeeper
+from fedsynth.dp.functional import gradient_penalties
 from fedsynth.dp.randomness import SystemRandomness
-from fedsynth.dp.step import CHUNK, PrivateModel, make_private, private_step
+from fedsynth.dp.step import CHUNK, Backend, PrivateModel, make_private, private_step, private_step_of
 from fedsynth.models.condition import TumourMap
 from fedsynth.models.dcgan import Discriminator, initialise
 
@@ -58,11 +59,15 @@ class Setting:
         initialise(model, torch.Generator().manual_seed(7))
         return model
 
-    def losses(self) -> Callable[[nn.Module, Tensor], Tensor]:
-        """Losses of a made-up batch by positions in it."""
+    def batch_of_patients(self) -> tuple[Tensor, Tensor]:
+        """A made-up batch: images and conditions."""
         generator = torch.Generator().manual_seed(8)
         images = torch.rand(self.batch, _CHANNELS, self.size, self.size, generator=generator) * 2 - 1
-        codes = torch.rand(self.batch, _CONDITION, generator=generator) * 2 - 1
+        return images, torch.rand(self.batch, _CONDITION, generator=generator) * 2 - 1
+
+    def losses(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """Losses of the made-up batch by positions in it."""
+        images, codes = self.batch_of_patients()
         return lambda module, rows: softplus(-module(images[rows], codes[rows]))
 
 
@@ -88,13 +93,26 @@ def not_private(
     return step
 
 
-def ours(setting: Setting, backend: str = "bookkeeping", dtype: torch.dtype | None = None, chunk: int = CHUNK) -> Step:
+def ours(
+    setting: Setting, backend: Backend = "bookkeeping", dtype: torch.dtype | None = None, chunk: int = CHUNK
+) -> Step:
     """`private_step` with one of its backends."""
     private, losses = _private(setting, backend, dtype), setting.losses()
     return lambda: private_step(private, setting.batch, losses, chunk=chunk)
 
 
-def _private(setting: Setting, backend: str, dtype: torch.dtype | None = None) -> PrivateModel:
+def functional(setting: Setting, penalty: bool = False) -> Step:
+    """`private_step_of` with each patient's own gradient, and, if wanted, with a gradient penalty inside the clip."""
+    private, (images, codes) = _private(setting, "functional"), setting.batch_of_patients()
+
+    def losses(model: nn.Module, images: Tensor, codes: Tensor) -> Tensor:
+        real = softplus(-model(images, codes))
+        return real + gradient_penalties(lambda at: model(at, codes), 0.5 * images) if penalty else real
+
+    return lambda: private_step_of(private, setting.batch, lambda rows: (images[rows, None], codes[rows, None]), losses)
+
+
+def _private(setting: Setting, backend: Backend, dtype: torch.dtype | None = None) -> PrivateModel:
     model = setting.model()
     return make_private(
         model,
@@ -103,7 +121,7 @@ def _private(setting: Setting, backend: str, dtype: torch.dtype | None = None) -
         max_grad_norm=_CLIP,
         expected_batch=setting.batch,
         randomness=SystemRandomness(),
-        backend="hooks" if backend == "hooks" else "bookkeeping",
+        backend=backend,
         autocast=dtype,
     )
 
@@ -158,6 +176,8 @@ MODES: dict[str, Callable[[Setting], Step]] = {
     "not private, channels last": lambda s: not_private(s, memory_format=torch.channels_last),
     "not private, bfloat16": lambda s: not_private(s, torch.bfloat16),
     "book-keeping, bfloat16": lambda s: ours(s, dtype=torch.bfloat16),
+    "functional": functional,
+    "functional, with a gradient penalty": lambda s: functional(s, penalty=True),
 }
 
 

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fedsynth.dp.bookkeeping import UnsupportedLayerError
-from fedsynth.dp.functional import PatientLosses, default_chunk, gradient_penalties, held
+from fedsynth.dp.functional import (
+    PatientLosses,
+    clipped_sums_of,
+    default_chunk,
+    fixed_parametrisations,
+    gradient_penalties,
+    held,
+)
 from fedsynth.dp.randomness import Randomness, SeededRandomness
 from fedsynth.dp.step import (
     Backend,
@@ -28,6 +35,10 @@ from fedsynth.dp.step import (
     private_step,
     private_step_of,
 )
+from fedsynth.models.condition import condition_dim
+from fedsynth.models.growth import Stage, active_parameters
+from fedsynth.models.images import make_discriminator
+from fedsynth.plan import StudyPlan
 
 SIZE, CHANNELS, LATENT = 8, 2, 3
 
@@ -494,3 +505,56 @@ def test_a_penalty_of_a_flat_critic_has_a_finite_gradient() -> None:
     torch.testing.assert_close(penalty, torch.ones(3), rtol=0, atol=1e-5)
     (gradient,) = torch.autograd.grad(penalty.sum(), critic.weight)
     assert bool(gradient.isfinite().all())
+
+
+def study(architecture: str) -> StudyPlan:
+    training = {"rounds": 1, "steps_per_round": 1, "expected_batch": 1, "max_grad_norm": 1.0, "learning_rate": 1e-3}
+    section = {**training, "budget_share": 0.3}
+    return StudyPlan.model_validate(
+        {
+            "name": "small",
+            "purpose": "tests of the private step",
+            "image": {"sequences": ["T1c"], "size": 32, "slices": 2},
+            "genes": {"panel": ["A", "B"], "reference_quantiles": [0, 1], "center": [0, 0], "scale": [1, 1]},
+            "morphology": {"features": ["volume", "position_left", "position_posterior", "position_superior"]},
+            "privacy": {"epsilon": 1.0},
+            "autoencoder": section,
+            "radiogenomics": section,
+            "gan": {**section, "architecture": architecture, "spectral_norm": True, "discriminator_width": 4},
+            "sites": [{"name": "north", "nominal_patients": 40}],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "alpha"),
+    [("dcgan", None), ("progressive", None), ("progressive", 0.4), ("enhanced", None), ("enhanced", 0.4)],
+)
+def test_a_penalty_inside_the_clip_is_exact_for_every_architecture(architecture: str, alpha: float | None) -> None:
+    """Also while a resolution fades in: only what the stage uses trains."""
+    stage = None if alpha is None else Stage(1, alpha)
+    model = seeded(lambda: make_discriminator(study(architecture)))
+    names = list(dict(model.named_parameters())) if stage is None else active_parameters(model, stage)
+    trained = [parameter for name, parameter in model.named_parameters() if name in set(names)]
+    generator = torch.Generator().manual_seed(2)
+    size = 32 if stage is None else 16
+    images = torch.randn(3, 2, 2, size, size, generator=generator)
+    codes = torch.rand(3, 2, condition_dim(len(study(architecture).label.classes), 4), generator=generator)
+
+    def ours(m: nn.Module, x: Tensor, code: Tensor) -> Tensor:
+        return -m(x, code, stage) + 10 * gradient_penalties(lambda at: m(at, code, stage), 0.5 * x)
+
+    def by_autograd(m: nn.Module, x: Tensor, code: Tensor) -> Tensor:
+        at = (0.5 * x).requires_grad_()
+        (slope,) = torch.autograd.grad(m(at, code, stage).sum(), at, create_graph=True)
+        return -m(x, code, stage) + 10 * (slope.flatten(1).norm(dim=1) - 1).square()
+
+    alone = after_one_use(model)
+    parameters = [dict(alone.named_parameters())[name] for name, p in model.named_parameters() if name in set(names)]
+    expected = sum(
+        flat(torch.autograd.grad(by_autograd(alone, images[i], codes[i]).mean(), parameters, materialize_grads=True))
+        for i in range(3)
+    )
+    with fixed_parametrisations(model):
+        found = flat(clipped_sums_of(model, trained, (images, codes), ours, 1e9))
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
