@@ -32,6 +32,7 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
+from fedsynth.translation import translator_template
 from fedsynth_client.training.statistic import TOTAL
 
 _DIGEST = "0" * 64
@@ -133,6 +134,8 @@ def _template(plan: StudyPlan, record: str) -> State:
         return dict(make_discriminator(plan).state_dict())
     if record == WEIGHTS["autoencoder"]:
         return dict(make_autoencoder(plan).state_dict())
+    if record == WEIGHTS["translation"]:
+        return translator_template(plan)
     if record == WEIGHTS["radiogenomics"]:
         return dict(make_radiogenomic_dnn(plan).state_dict())
     return profile_template(plan)[record]

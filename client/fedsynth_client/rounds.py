@@ -12,6 +12,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedsynth.budget import charge
+from fedsynth.domains import source_and_target
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedsynth.engines import embedding, moments
@@ -37,6 +38,7 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
+from fedsynth.translation import translator_template
 from fedsynth_client.cohort import Cohort, load_cohort, read_entries, split_digest
 from fedsynth_client.ledger import Ledger, Limit, Standing, Task
 from fedsynth_client.outbox import Outbox, check_ledger_is_whole
@@ -54,6 +56,7 @@ from fedsynth_client.training.block import BlockResult, public_generator
 from fedsynth_client.training.evaluation import evaluate_holdout
 from fedsynth_client.training.profiles import train_autoencoder, train_radiogenomics
 from fedsynth_client.training.statistic import release_statistic
+from fedsynth_client.training.translation import train_translation
 
 _POOL = 1024  # synthetic conditions drawn for one block of the generator
 
@@ -103,10 +106,14 @@ def _run(
         check_patients(policy, task.module, len(cohort))
     check_ledger_is_whole(ledger, outbox)
     incoming = _incoming(plan, task, content)
-    local = outbox.local_state(Task(task.study, task.module, last)) if task.module == "gan" else {}
+    local: State = {}
+    if task.module in ("gan", "translation"):
+        local = outbox.local_state(Task(task.study, task.module, last))
+        if not local and last:
+            site.log.warning(
+                "%s round %d: the local state of round %d is gone; starting anew", task.module, task.round, last
+            )
     if task.module == "gan" and not local:
-        if last:
-            site.log.warning("gan round %d: the discriminator of round %d is gone; starting anew", task.round, last)
         local = _discriminator_start(plan, content)
 
     cost = charge(plan, policy.site, task.module)
@@ -175,6 +182,10 @@ def _train(
     if module == "radiogenomics":
         start = incoming["radiogenomics"]
         return train_radiogenomics(plan, start, genes, morphology, labels, block, randomness, first_step=first_step)
+    if module == "translation":
+        domains = source_and_target(plan, image_slices(cohort))
+        start = incoming[WEIGHTS[module]]
+        return train_translation(plan, start, local, domains, block, randomness, first_step)
     profiles = profile_model(plan, incoming).draw(_POOL, public_generator(randomness))
     patients = ImagePatients(image_slices(cohort), morphology, labels)
     return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)
@@ -283,6 +294,8 @@ def _expected(plan: StudyPlan, module: Activity) -> dict[str, State]:
         return {EVALUATORS: evaluators_template(plan), **profile_template(plan)}
     if module == "gan":
         return {WEIGHTS["gan"]: make_generator(plan).state_dict(), **profile_template(plan)}
+    if module == "translation":
+        return {WEIGHTS[module]: translator_template(plan)}
     model = make_autoencoder(plan) if module == "autoencoder" else make_radiogenomic_dnn(plan)
     return {WEIGHTS[module]: model.state_dict()}
 

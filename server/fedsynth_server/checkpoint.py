@@ -20,6 +20,7 @@ from fedsynth.models.images import make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import MODULES, Module, StatisticPlan, StudyPlan
 from fedsynth.records import PUBLIC, State, state_digest
+from fedsynth.translation import make_networks
 
 FILE = "checkpoint.safetensors"
 
@@ -213,6 +214,8 @@ def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudySt
     start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
     if plan.profile_engine == "networks":
         start |= {"autoencoder": autoencoder, "radiogenomics": dnn}
+    if "translation" in plan.modules:
+        start["translation"] = dict(make_networks(plan)["translators"].state_dict())
     start |= _public_start(plan, warm_start)
     return StudyState(plan.digest, {**start, "generator_ema": start["generator"]})
 

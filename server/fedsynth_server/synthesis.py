@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from fedsynth.errors import Refused
 from fedsynth.models.images import make_generator
@@ -14,6 +15,7 @@ from fedsynth.selected_draw import draw_selected, measured_ranges
 from fedsynth.selection import Selected, Selection, channels_of, sequences_of
 from fedsynth.synthesis import draw_patients
 from fedsynth.synthetic import SyntheticPatient
+from fedsynth.translation import make_translator
 from fedsynth_server.checkpoint import StudyState
 
 
@@ -53,7 +55,7 @@ def synthesise_selected(plan: StudyPlan, state: StudyState, selection: Selection
     model = make_generator(plan)
     model.load_state_dict(state.weights["generator_ema"])
     drawn = draw_selected(profile_model(plan, state.weights), plan, selection, generator)
-    patients = draw_patients(plan, model, drawn.profiles, generator)
+    patients = draw_patients(plan, model, drawn.profiles, generator, _translator(plan, state))
     if not selection.chooses:
         return Drawn(patients, None)
     selected = Selected(
@@ -64,3 +66,14 @@ def synthesise_selected(plan: StudyPlan, state: StudyState, selection: Selection
     )
     channels = channels_of(plan, sequences_of(plan, selected))
     return Drawn([replace(patient, images=patient.images[channels]) for patient in patients], selected)
+
+
+def _translator(plan: StudyPlan, state: StudyState) -> nn.Module | None:
+    """What makes a synthetic patient's second sequence from the first; None in a plan that translates no sequences.
+
+    Between slices without and with tumour nothing is translated here: mask, morphology and genes of a patient would no
+    longer be those of the image.
+    """
+    if plan.translation is None or "translation" not in plan.modules or plan.translation.domains != "sequences":
+        return None
+    return make_translator(plan, state.weights["translation"])

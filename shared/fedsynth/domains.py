@@ -30,15 +30,28 @@ class Domain:
 
 @dataclass(frozen=True)
 class DrawnSlices:
-    """Slices drawn from a domain, k a patient.
+    """Slices drawn from a domain, k a patient; their pixels are gathered when they are asked for.
 
     Attributes:
-        slices: (P, k, C, H, W) float32 in [-1, 1]; zeros for a patient who has none of the domain.
-        present: (P, k) float32, 1, or 0 for a patient who has none.
+        domain: from which.
+        rows: (P,) patients.
+        places: (P, k) which of a patient's slices; of no meaning for a patient who has none of the domain.
+        present: (P,) whether the patient has any.
     """
 
-    slices: Tensor
+    domain: Domain
+    rows: Tensor
+    places: Tensor
     present: Tensor
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Slices (n, k, C, H, W) float32 and whether they are there (n, k), 1 or 0, of the patients at `positions` (n,).
+
+        A patient who has none of the domain gets zeros.
+        """
+        there = self.present[positions, None].expand(-1, self.places.shape[1]).float()
+        slices = self.domain.slices[self.rows[positions, None], :, self.places[positions]].float()
+        return slices * there[:, :, None, None, None], there
 
 
 def section_of(plan: StudyPlan) -> TranslationPlan:
@@ -81,10 +94,9 @@ def source_and_target(plan: StudyPlan, slices: Tensor) -> tuple[Domain, Domain]:
 def draw_slices(domain: Domain, rows: Tensor, count: int, generator: torch.Generator) -> DrawnSlices:
     """Draw `count` slices, each uniformly among those of the domain, for each patient of `rows` (P,)."""
     upto = domain.member[rows].long().cumsum(dim=1)
-    # The place of a slice among those of the domain, then its place in the volume.
     many = upto[:, -1:]
-    rank = torch.minimum((torch.rand(len(rows), count, generator=generator) * many).long(), (many - 1).clamp(min=0))
+    # The place of a slice among those of the domain, then its place in the volume.
+    drawn = (torch.rand(len(rows), count, generator=generator) * many).long()
+    rank = torch.minimum(drawn, (many - 1).clamp(min=0))  # a product with a number just below 1 may round up
     places = (upto[:, None, :] <= rank[:, :, None]).sum(dim=2).clamp(max=domain.member.shape[1] - 1)
-    present = (many > 0).expand(-1, count).float()
-    slices = domain.slices[rows[:, None], :, places].float()
-    return DrawnSlices(slices * present[:, :, None, None, None], present)
+    return DrawnSlices(domain, rows, places, many[:, 0] > 0)

@@ -190,7 +190,14 @@ def test_too_few_sites_pause_the_study_and_the_same_call_goes_on(tiny_folder: Pa
     assert "b: disk_full" in failed.value.message
     paused = load_state(study, plan)
     assert paused is not None
-    assert paused.rounds == {"moments": 0, "autoencoder": 2, "radiogenomics": 1, "embedding": 0, "gan": 0}
+    assert paused.rounds == {
+        "moments": 0,
+        "autoencoder": 2,
+        "radiogenomics": 1,
+        "embedding": 0,
+        "gan": 0,
+        "translation": 0,
+    }
     charges = [[e for e in site.ledger().entries() if e.kind == "charge"] for site in sites]
 
     grid = SpoilingGrid(tiny_folder, {})

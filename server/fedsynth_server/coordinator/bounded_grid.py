@@ -34,6 +34,7 @@ from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Module, StudyPlan, load_plan
 from fedsynth.progress import say
 from fedsynth.records import PUBLIC, State, refusal
+from fedsynth.translation import translator_template
 from fedsynth_server.fitting.fit import statistic_template
 
 _MARGIN = 2
@@ -71,6 +72,8 @@ def _sent(plan: StudyPlan, module: Module) -> State:
         return statistic_template(plan, module)
     if module == "gan":
         return dict(make_generator(plan).state_dict())
+    if module == "translation":
+        return translator_template(plan)
     return dict((make_autoencoder(plan) if module == "autoencoder" else make_radiogenomic_dnn(plan)).state_dict())
 
 

@@ -18,9 +18,10 @@ from fedsynth.attacks.sums import (
     filter_with_the_rest_known,
     statistic_rows,
     usable,
+    volumes,
 )
 from fedsynth.attacks.transcript import Transcript
-from fedsynth.attacks.updates import loss_drop, network, patient_loss, update_alignment
+from fedsynth.attacks.updates import loss_drop, network, patient_loss, translation_loss, update_alignment
 from fedsynth.budget import noise_multipliers
 from fedsynth.evaluation.patients import Patients
 from fedsynth.metrics.domain_extractor import DomainExtractor
@@ -48,6 +49,10 @@ _WORST_CASE = (
 _THROUGH_D = (
     "The site's discriminator, the only network that sees patients' images, never leaves the site; the coordinator has the "
     "generator alone."
+)
+_CYCLE_ALONE = (
+    "The loss is that of cycle and identity alone: the adversarial loss needs the discriminators, which never leave the "
+    "site."
 )
 
 
@@ -181,7 +186,10 @@ def _of_updates(
     held = {site: count + np.flatnonzero(_of_site(holdout, site)[outside]) for site in sites}
     judged = {site: (numbers[~is_reference[outside][numbers - count]]).tolist() for site, numbers in held.items()}
     model = network(plan, module)
-    loss = patient_loss(plan, module, genes, morphology, labels, torch.Generator().manual_seed(seed))
+    if module == "translation":
+        loss = translation_loss(plan, torch.cat([volumes(train.rows(inside)), volumes(holdout.rows(outside))]))
+    else:
+        loss = patient_loss(plan, module, genes, morphology, labels, torch.Generator().manual_seed(seed))
     scored_rows = {site: members[site] + judged[site] for site in sites}
     aligned = update_alignment(model, loss, scored_rows, sample, transcript, module, training.max_grad_norm)
     everybody = {site: members[site] + held[site].tolist() for site in sites}
@@ -197,7 +205,12 @@ def _of_updates(
                 "Nasr et al. 2019; Li et al. 2022 (cosine attack)",
                 *parted(aligned[site], len(members[site])),
                 site=site,
-                note="Directions count less the more the gradients of reference patients vary along them.",
+                note=" ".join(
+                    [
+                        "Directions count less the more the gradients of reference patients vary along them.",
+                        *([_CYCLE_ALONE] if module == "translation" else []),
+                    ]
+                ),
             ),
             Scored(
                 f"loss-drop-{module}",
@@ -207,6 +220,7 @@ def _of_updates(
                 "Yeom et al. 2018; Watson et al. 2022",
                 *parted(dropped[site], len(members[site])),
                 site=site,
+                note=_CYCLE_ALONE if module == "translation" else "",
             ),
         ]
     return scored

@@ -105,10 +105,15 @@ def filter_with_the_population_known(
     return scores(members), scores(others)
 
 
+def volumes(patients: Patients) -> torch.Tensor:
+    """(N, C + 1, S, H, W) float16 in [-1, 1], image channels and mask channel, as sites make them of a cohort."""
+    images = torch.from_numpy(patients.images) * 2 - 1
+    mask = torch.from_numpy(patients.masks > 0).to(torch.float16)[:, None] * 2 - 1
+    return torch.cat([images, mask], dim=1)
+
+
 def _volumes(patients: Patients) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A few patients at a time, (n, C + 1, S, H, W) float16 in [-1, 1], as sites make them of a cohort."""
+    """`volumes` of a few patients at a time."""
     for start in range(0, len(patients), _AT_ONCE):
         some = slice(start, min(start + _AT_ONCE, len(patients)))
-        images = torch.from_numpy(patients.images[some]) * 2 - 1
-        mask = torch.from_numpy(patients.masks[some] > 0).to(torch.float16)[:, None] * 2 - 1
-        yield some, torch.cat([images, mask], dim=1)
+        yield some, volumes(patients.rows(np.arange(len(patients))[some]))

@@ -1,8 +1,11 @@
-"""Membership inference from the weights that a site sent back of autoencoder and radiogenomic DNN, round by round.
+"""Membership inference from the weights that a site sent back of the networks that are averaged, round by round.
 
 White-box attacks of the server on its federation (Nasr et al., 2019). In each round the server knows the weights that it
 sent and those that came back. A patient who was trained on pulled the weights down its own gradient; the inner product of
 the update with that direction, summed over rounds, tells (Li et al., 2022, who call it the cosine attack).
+
+Of a translation the coordinator has the generators alone. A patient's cycle and identity losses are all that it can compute
+of them: the adversarial loss needs the discriminators, which stay at the site.
 """
 
 from __future__ import annotations
@@ -15,12 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsynth.attacks.transcript import Transcript
+from fedsynth.domains import section_of, source_and_target
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
+from fedsynth.models.translator import make_translators
 from fedsynth.plan import Module, StudyPlan
 from fedsynth.records import WEIGHTS, State
+from fedsynth.translation import TO_SOURCE, TO_TARGET, cycle_and_identity_losses
 
 _DRAWS = 4  # of the autoencoder's latent noise, the same for all patients
+_SLICES = 3  # of each domain of a translation, spread over the patient's
 _MOST_REFERENCES = 100
 _TINY = 1e-12
 
@@ -33,12 +40,14 @@ def network(plan: StudyPlan, module: Module) -> nn.Module:
     """The network that `module` trains.
 
     Raises:
-        ValueError: it is neither autoencoder nor radiogenomic DNN.
+        ValueError: its networks are not those that are averaged.
     """
     if module == "autoencoder":
         return make_autoencoder(plan).eval()
     if module == "radiogenomics":
         return make_radiogenomic_dnn(plan).eval()
+    if module == "translation":
+        return make_translators(plan).eval()
     raise ValueError(f"no patient has a loss of {module} that a coordinator could compute")
 
 
@@ -66,6 +75,30 @@ def patient_loss(
         return radiogenomic_losses(model, genes[some], morphology[some], labels[some])[0]
 
     return of_autoencoder if module == "autoencoder" else of_dnn
+
+
+def translation_loss(plan: StudyPlan, volumes: Tensor) -> Loss:
+    """The cycle and identity losses of one patient, averaged over a few slices of each domain that the patient has.
+
+    Args:
+        plan: the study plan.
+        volumes: (N, C + 1, S, H, W) in [-1, 1], image channels and mask channel.
+    """
+    section, directions = section_of(plan), (TO_TARGET, TO_SOURCE)
+    domains = source_and_target(plan, volumes)
+
+    def of_translators(model: nn.Module, row: int) -> Tensor:
+        losses = []
+        for domain, direction in zip(domains, directions, strict=True):
+            places = domain.member[row].nonzero().flatten()
+            if len(places):
+                some = places[torch.linspace(0, len(places) - 1, min(_SLICES, len(places))).round().long()]
+                x = domain.slices[row][:, some].transpose(0, 1).float()
+                fake = model.get_submodule(direction)(x)
+                losses.append(cycle_and_identity_losses(section, model, x, fake, direction).mean())
+        return torch.stack(losses).sum()
+
+    return of_translators
 
 
 def update_alignment(
