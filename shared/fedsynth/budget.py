@@ -67,6 +67,11 @@ def planned_epsilon(plan: StudyPlan, site: str, module: Module | None = None) ->
     return epsilon(history, plan.privacy.delta, plan.privacy.accountant)
 
 
+def private_activities(plan: StudyPlan) -> tuple[Activity, ...]:
+    """What of `plan` is noised: everything, or of a study without privacy the sites' evaluation alone, if it has one."""
+    return tuple(each for each in plan.activities if plan.privacy.private or each == "evaluation")
+
+
 @dataclass(frozen=True)
 class Charge:
     """What one round of an activity costs a site, and whom.

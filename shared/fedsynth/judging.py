@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsynth.attacks.values import RELEASE_ATTACKS, Attacks, CopyCheck, MembershipAttack, OperatingPoint, View
+from fedsynth.epsilons import shown
 from fedsynth.limits import VIEWS, Limits
 
 Status = Literal["ok", "failed", "not asked"]
@@ -71,7 +72,7 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
         "ok",
         f"{len(tried)} attacks; the strongest ({worst.title}{_at(worst)}) has an area of {worst.area.value:.3f}, at least "
         f"{worst.area.low:.3f}; {_limit(asked.area_of(view))}. None proves an epsilon above "
-        f"{max(attack.epsilon_bound for attack in tried):.2f}; {max(claimed.values(), default=0.0):.2f} is claimed.",
+        f"{max(attack.epsilon_bound for attack in tried):.2f}; {shown(max(claimed.values(), default=0.0), 2)} is claimed.",
     )
 
 

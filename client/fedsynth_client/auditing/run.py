@@ -11,9 +11,10 @@ from fedsynth import __version__
 from fedsynth.auditing.code import code_digest
 from fedsynth.auditing.one_run import outcome, planned_guesses, reachable
 from fedsynth.auditing.values import Audit, AuditedModule, MechanismCheck
-from fedsynth.budget import charge
+from fedsynth.budget import charge, private_activities
 from fedsynth.dp.accounting import epsilon
 from fedsynth.dp.randomness import Randomness, SystemRandomness
+from fedsynth.errors import UsageError
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.progress import say
 from fedsynth_client.auditing.canaries import run_with_canaries
@@ -110,7 +111,7 @@ def _enough(module: Activity, claimed: float, delta: float) -> int:
 
 
 def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
-    """Every check of the mechanisms of `plan` at `site`, made on the code that a site runs."""
+    """Every check of the private mechanisms of `plan` at `site`, made on the code that a site runs."""
     of_module = (
         noise_scale,
         noise_beside_patients,
@@ -121,7 +122,9 @@ def checks(plan: StudyPlan, site: str) -> list[MechanismCheck]:
         closed_list,
         progress_is_public,
     )
-    found = [check(plan, site, module) for module in plan.activities for check in of_module]
+    found = [check(plan, site, module) for module in private_activities(plan) for check in of_module]
+    if not plan.privacy.private:  # what is left are checks of what a private study charges and sends
+        return found
     return [
         *found,
         accountant_composes(plan, site),
@@ -148,12 +151,19 @@ def audit_plan(
         canaries: how many for a module, in place of as many as it takes to be able to refute its claim.
 
     Raises:
-        UsageError: ``site_not_in_plan``.
+        UsageError: ``site_not_in_plan``; ``nothing_to_audit``: a study without privacy has no private mechanism, unless
+            sites evaluate on held-out patients, whose noise is audited then.
     """
     started = time.monotonic()
+    if not private_activities(plan):
+        raise UsageError(
+            "nothing_to_audit",
+            f"The plan {plan.name!r} is a study without privacy: nothing is clipped or noised, so nothing can be audited.",
+            "The gate of its release asks for no audit.",
+        )
     chosen = min(plan.sites, key=lambda each: each.nominal_patients).name if site is None else plan.site(site).name
     modules = []
-    for module in plan.activities:
+    for module in private_activities(plan):
         say(f"Running {module} with canaries")
         modules.append(audit_module(plan, chosen, module, (canaries or {}).get(module), randomness))
     say("Checking the mechanisms")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from fedsynth.countersignature import EVIDENCE, FOLDER
+from fedsynth.marks import marks
 from fedsynth.plan import PrivacyPlan, StudyPlan
 from fedsynth.selection import selection_faults
 from fedsynth.statement import SiteStatement
 from fedsynth.sums import CONTENT, content_faults, files_of, is_content
 from fedsynth_server.release.bids import REQUIRED as REQUIRED_OF_BIDS
-from fedsynth_server.release.facts import NO_GUARANTEE
+from fedsynth_server.release.facts import not_private
 from fedsynth_server.release.imagery import file_faults, geometry_faults, identifier_faults, synthetic_faults
 from fedsynth_server.release.opened import Release, read_tsv
 from fedsynth_server.release.patients import PARTICIPANT_ID
@@ -131,8 +132,8 @@ def privacy_faults(release: Release) -> list[str]:
         faults.append("privacy.json, release.json and plan.toml are not of the same plan")
     if statement.epsilon_budget != plan.privacy.epsilon or statement.delta != plan.privacy.delta:
         faults.append("budget or delta of privacy.json are not those of plan.toml")
-    if statement.private and plan.privacy.reproducible_seed is not None:
-        faults.append("privacy.json says private although the plan asks for reproducible noise")
+    if statement.private:
+        faults += [f"privacy.json says private although the plan is {mark}" for mark in marks(plan.privacy)]
     if statement.private != release.index.private:
         faults.append("privacy.json and release.json disagree on whether the release is private")
     known = {site.name for site in plan.sites}
@@ -211,7 +212,8 @@ CHECKS: tuple[tuple[str, str, Callable[[Release], list[str]]], ...] = (
 
 def warnings(release: Release) -> list[str]:
     """What a recipient must know although nothing is wrong with the files."""
-    return [] if release.statement.private else [NO_GUARANTEE]
+    found = not_private(release.plan, release.statement)
+    return [found] if found else []
 
 
 def _table_faults(

@@ -118,7 +118,13 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
             "citeAs": f"{', '.join(facts.authors)}: {facts.identifier}, {facts.released:%Y}.",
             "inLanguage": "en",
             "isLiveDataset": False,
-            "keywords": ["synthetic data", "differential privacy", "MRI", "gene expression", "glioma"],
+            "keywords": [
+                "synthetic data",
+                "not private" if facts.statement.without_privacy else "differential privacy",
+                "MRI",
+                "gene expression",
+                "glioma",
+            ],
             "distribution": [participants, morphology, expression, *images, *documents],
             "recordSet": [
                 _records("participants", PARTICIPANTS, [label_column(facts.plan)]),
@@ -170,7 +176,9 @@ def _responsible_ai(facts: ReleaseFacts, documents: Collection[str]) -> dict[str
             f"Not covered: {'; '.join(statement.not_covered)}",
         ],
         "rai:dataLimitations": [
-            "Image quality is bounded by noise added for privacy and by a small grid; not for diagnosis.",
+            "Image quality is bounded by a small grid; not for diagnosis."
+            if statement.without_privacy
+            else "Image quality is bounded by noise added for privacy and by a small grid; not for diagnosis.",
             "Links between genes and images are what a model learned, and may be what it invented.",
             "Being synthetic does not by itself make data anonymous.",
             statement.composition,
@@ -178,7 +186,8 @@ def _responsible_ai(facts: ReleaseFacts, documents: Collection[str]) -> dict[str
         ],
         "rai:dataBiases": (
             "The training patients are those of the taking-part hospitals; rare findings are under-represented "
-            "or absent, and differential privacy suppresses them further."
+            "or absent"
+            + (". " if statement.without_privacy else ", and differential privacy suppresses them further.")
             + (f" {facts.selection}" if facts.selection else "")
         ),
         "rai:dataUseCases": [statement.intended_use, f"Not permitted: {statement.forbidden_use}"],

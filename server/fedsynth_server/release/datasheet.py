@@ -86,6 +86,7 @@ def _composition(facts: ReleaseFacts, formats: Collection[str], labels: Sequence
     counts = Counter(labels)
     by_class = ", ".join(f"{counts.get(name, 0)} {name}" for name in plan.label.classes)
     morphology = ", ".join(plan.morphology.features)
+    blur = "" if facts.statement.without_privacy else " and by noise that was added for privacy"
     return [
         (
             "What is an instance?",
@@ -110,7 +111,7 @@ def _composition(facts: ReleaseFacts, formats: Collection[str], labels: Sequence
         ),
         (
             "What is wrong with them?",
-            "Images are blurred by a small grid and by noise that was added for privacy. Rare findings, outliers and small "
+            f"Images are blurred by a small grid{blur}. Rare findings, outliers and small "
             "subgroups are the first to be lost or distorted. A link between genes and images is what the model learned, "
             "and may be what it invented.",
         ),
@@ -135,6 +136,11 @@ def _selected(facts: ReleaseFacts) -> Answers:
 
 def _collection(facts: ReleaseFacts) -> Answers:
     statement = facts.statement
+    named = (
+        "says that nothing is clipped or noised"
+        if statement.without_privacy
+        else "names every module, the clipping, the noise and the budget"
+    )
     declared = "; ".join(f"{site.name} about {site.nominal_patients}" for site in statement.sites)
     return [
         (
@@ -149,7 +155,7 @@ def _collection(facts: ReleaseFacts) -> Answers:
         (
             "Who allowed it?",
             f"Each site approved the study plan of digest `{facts.plan.digest}` in its own policy before it trained; the "
-            "plan names every module, the clipping, the noise and the budget. Ethical review and consent for the original "
+            f"plan {named}. Ethical review and consent for the original "
             "data are matters of the sites and are not recorded here.",
         ),
     ]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from fedsynth import __version__
 from fedsynth.errors import UsageError
+from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan
 from fedsynth.selection import CAUTION, Selected, sequences_of, told
 from fedsynth.statement import PrivacyStatement
@@ -17,7 +18,6 @@ SOFTWARE = "fedsynth"
 MODEL = "conditional GAN"
 NOT_A_PATIENT = "SYNTHETIC DATA - NOT A PATIENT"
 NOT_FOR_DIAGNOSIS = "SYNTHETIC DATA - NOT FOR DIAGNOSIS"
-NO_GUARANTEE = "NOT PRIVATE: the noise of this run was reproducible, its epsilon guarantees nothing."
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,20 @@ class ReleaseFacts:
     def guarantee(self) -> str:
         """The formal guarantee in one ASCII sentence, for headers and sidecars."""
         if not self.statement.private:
-            return NO_GUARANTEE
+            return not_private(self.plan, self.statement)
         spent = max((site.epsilon for site in self.statement.sites), default=0.0)
         return (
             f"Generator trained with differential privacy at patient level: epsilon {epsilon(spent)} at most at any site "
             f"(budget {self.statement.epsilon_budget:.3g}), delta {self.statement.delta:.1e}."
         )
+
+
+def not_private(plan: StudyPlan, statement: PrivacyStatement) -> str:
+    """Why a release protects nobody, in ASCII; empty where it is private.
+
+    A plan that asks for privacy may have got none: a site may say that its noise came from a seed.
+    """
+    return " ".join(marks(plan.privacy)) or ("" if statement.private else NO_GUARANTEE)
 
 
 def digest_of(*parts: str | bytes) -> str:

@@ -18,7 +18,9 @@ from fedsynth import __version__
 from fedsynth.attacks.values import Attacks, View
 from fedsynth.auditing.code import code_digest
 from fedsynth.auditing.values import Audit, AuditedModule
+from fedsynth.budget import private_activities
 from fedsynth.countersignature import FOLDER, OwnAttacks, Statement, key_pem, signed_by
+from fedsynth.epsilons import shown
 from fedsynth.errors import Refused
 from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.values import may_be_shared
@@ -57,7 +59,7 @@ def decide(release: Release, evidence: Evidence, content: Sequence[Check], code:
     signed = _Signed(release, evidence, content_digest(release.folder), subject)
     checks = [
         _ledgers(release, evidence, content),
-        _private(release),
+        *_privacy(release),
         _audit(release, evidence.audit, code),
         _membership(release, evidence, signed, subject, "release"),
         _membership(release, evidence, signed, subject, "coordinator"),
@@ -99,7 +101,7 @@ def _ledgers(release: Release, evidence: Evidence, content: Sequence[Check]) -> 
     if evidence.site_evaluation and statement.private and not evidence.site_evaluation.private:
         faults.append("the sites evaluated with reproducible noise, though the statement calls all noise unpredictable")
     spent = "; ".join(
-        f"{site.name} epsilon {site.epsilon:.3f}"
+        f"{site.name} epsilon {shown(site.epsilon)}"
         + (f" (held-out patients {site.holdout.epsilon:.3f})" if site.holdout else "")
         + f", ledger entry {site.ledger_head[:12]}"
         for site in statement.sites
@@ -109,7 +111,7 @@ def _ledgers(release: Release, evidence: Evidence, content: Sequence[Check]) -> 
         "Ledgers of the sites",
         faults,
         f"Every contributing site states an entry of its ledger, within the budget of epsilon "
-        f"{statement.epsilon_budget:g} at delta {statement.delta:g}: {spent}.",
+        f"{shown(statement.epsilon_budget, 2)} at delta {statement.delta:g}: {spent}.",
         "Ask the sites named for the receipts of their ledgers (fedsynth site ledger). What was spent cannot be taken back: "
         "above the budget this study must not be released.",
     )
@@ -127,6 +129,22 @@ def _contributions(release: Release) -> dict[str, set[str]]:
 
 def _head(digest: str) -> bool:
     return len(digest) == 64 and set(digest) <= set("0123456789abcdef") and set(digest) != {"0"}
+
+
+def _privacy(release: Release) -> list[GateCheck]:
+    """What the guarantee rests on; a study without privacy has none, and its noise, if any, is another matter."""
+    if release.plan.privacy.private:
+        return [_private(release)]
+    without = GateCheck(
+        id="privacy",
+        title="Trained with privacy",
+        status="failed",
+        finding="The study was trained without privacy: nothing of its patients was clipped or noised, every epsilon is "
+        "infinite, and this release may hold what their data looked like.",
+        remedy="Run the study again with a finite privacy.epsilon, on patients who took part in no study without privacy. "
+        "Only of simulated or public patients may this be released, and somebody has to say that it is so (an override).",
+    )
+    return [without] if release.plan.privacy.reproducible_seed is None else [without, _private(release)]
 
 
 def _private(release: Release) -> GateCheck:
@@ -147,13 +165,16 @@ def _private(release: Release) -> GateCheck:
 
 def _audit(release: Release, audit: Audit | None, code: str) -> GateCheck:
     """The mechanisms of this plan were audited, by this code, and nothing that is claimed was refuted."""
+    plan = release.plan
+    private = private_activities(plan)
+    if not private:
+        return _check("audit", _AUDIT, Judgement("not asked", "A study without privacy has no mechanism to audit."))
     if audit is None:
         return _check("audit", _AUDIT, Judgement("failed", "No audit of the plan's mechanisms was given.", _RUN_AUDIT))
-    plan = release.plan
     stale = [] if audit.plan_digest == plan.digest else [f"it is of plan {audit.plan_digest[:12]}"]
     if audit.code != code:
         stale.append(f"it is of other code ({audit.code[:12]}, by {audit.software}) than this ({code[:12]})")
-    unaudited = sorted(set(plan.activities) - {module.module for module in audit.modules})
+    unaudited = sorted(set(private) - {module.module for module in audit.modules})
     stale += [f"{module} was not audited" for module in unaudited]
     if not audit.checks:
         stale.append("no property of the mechanisms was tested directly")

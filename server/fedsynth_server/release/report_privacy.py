@@ -14,7 +14,7 @@ class SiteView:
     """A site's statement beside the budget.
 
     Attributes:
-        share: composed epsilon over budget.
+        share: composed epsilon over budget; 1 without privacy, where both are infinite.
         bar, budget_mark: both as shares of the bar, which ends at the budget or at the largest epsilon above it.
         over: the composed epsilon is above the budget.
         thin: delta times the number of patients is above 0.1, too much for a chance of no protection at all.
@@ -43,6 +43,8 @@ class PrivacyView:
 def privacy(statement: PrivacyStatement) -> PrivacyView:
     """The view of a statement, which names at least one site."""
     worst = max(statement.sites, key=lambda site: site.epsilon)
+    if statement.without_privacy:
+        return _without(statement, worst)
     budget = statement.epsilon_budget
     scale = max(budget, *(site.epsilon for site in statement.sites if math.isfinite(site.epsilon)), 0.0)
     return PrivacyView(
@@ -62,4 +64,12 @@ def privacy(statement: PrivacyStatement) -> PrivacyView:
         strength=wording.strength(worst.epsilon),
         odds_factor=wording.odds_factor(worst.epsilon),
         attacker_accuracy=wording.attacker_accuracy(worst.epsilon, statement.delta),
+    )
+
+
+def _without(statement: PrivacyStatement, worst: SiteStatement) -> PrivacyView:
+    """The view of a study without privacy, which has no budget to stay within."""
+    sites = [SiteView(site, share=1.0, bar=1.0, budget_mark=1.0, over=False, thin=False) for site in statement.sites]
+    return PrivacyView(
+        worst, sites, False, wording.strength(worst.epsilon), wording.odds_factor(worst.epsilon), attacker_accuracy=""
     )

@@ -39,6 +39,8 @@ def permitted_rate(false_positive_rate: float, claimed: float, delta: float) -> 
     >>> permitted_rate(0.01, 1.0, 0.0), permitted_rate(0.5, 1.0, 0.0)
     (0.027182818284590453, 0.8160602794142788)
     """
+    if math.isinf(claimed):  # without privacy nothing is ruled out, whatever delta
+        return 1.0
     first = math.exp(min(claimed, 700.0)) * false_positive_rate + delta
     second = 1.0 - math.exp(-claimed) * (1.0 - delta - false_positive_rate)
     return max(0.0, min(1.0, first, second))
@@ -49,6 +51,8 @@ def permitted_area(claimed: float, delta: float) -> float:
 
     The area under the curve of `permitted_rate`; without delta it is ``e^epsilon / (1 + e^epsilon)``.
     """
+    if claimed > 700.0:  # beyond what a floating-point number tells from 1
+        return 1.0
     odds = math.exp(-claimed)
     # Both bounds are straight lines; the curve is concave, so the corners alone give its area.
     meet = (1.0 - delta) * odds / (1.0 + odds)

@@ -78,6 +78,8 @@ def attacker_accuracy(value: float, delta: float) -> str:
 
 def strength(value: float) -> str:
     """What practice calls an epsilon of this size (the tiers of Ponomareva et al., JAIR 77, 2023)."""
+    if math.isinf(value):
+        return "An infinite epsilon guarantees nothing at all."
     if value <= 1:
         return "An epsilon of at most 1 is called a strong formal guarantee."
     if value <= 10:
@@ -102,26 +104,28 @@ VERDICTS = {
 
 def profile_method(plan: StudyPlan) -> str:
     """What genes, morphology and label of the synthetic patients come from."""
+    noisy, trained = ("noisy ", "trained by DP-SGD") if plan.privacy.private else ("exact ", "trained without privacy")
     if plan.profile_engine == "moments":
         return (
-            "a linear-Gaussian model of genes, morphology and label, fitted to one noisy sum of first and second moments "
+            f"a linear-Gaussian model of genes, morphology and label, fitted to one {noisy}sum of first and second moments "
             "from each site"
         )
     return (
-        "a gene autoencoder, and a deep neural network from genes to morphology and label; both trained by DP-SGD at the "
-        "sites and averaged every round"
+        f"a gene autoencoder, and a deep neural network from genes to morphology and label; both {trained} at the sites and "
+        "averaged every round"
     )
 
 
 def image_method(plan: StudyPlan) -> str:
     """What the images of the synthetic patients come from."""
+    noisy, trained = ("noisy ", "trained by DP-SGD") if plan.privacy.private else ("exact ", "trained without privacy")
     text = "a conditional generator, " + ("started from public weights" if plan.gan.warm_start else "started at random")
     if plan.embedding is not None:
-        text += ", fitted to one noisy mean embedding of images from each site"
+        text += f", fitted to one {noisy}mean embedding of images from each site"
     if plan.gan.rounds:
         rounds = "one round" if plan.gan.rounds == 1 else f"{plan.gan.rounds} rounds"
         verb = "refined" if plan.embedding is not None else "trained"
-        text += f", {verb} in {rounds} against discriminators that were trained by DP-SGD and never left their sites"
+        text += f", {verb} in {rounds} against discriminators that were {trained} and never left their sites"
     if plan.embedding is None and not plan.gan.rounds:
         text += " and left as it was: no private image took part"
     return text

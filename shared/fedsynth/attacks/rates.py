@@ -132,6 +132,8 @@ def largest_epsilon_bound(members: int, others: int, delta: float, attacks: int 
 
 def largest_true_positive_rate(epsilon: float, delta: float, false_positive_rate: float) -> float:
     """The most that (epsilon, delta)-differential privacy lets any attack find (Kairouz et al., 2015)."""
+    if math.isinf(epsilon):  # without privacy nothing is ruled out, whatever delta
+        return 1.0
     rate = false_positive_rate
     # Written so that a large epsilon does not overflow.
     first = 1.0 if rate > 0 and epsilon + math.log(rate) > 0 else rate * math.exp(min(epsilon, 700.0)) + delta
@@ -144,6 +146,8 @@ def largest_area(epsilon: float, delta: float) -> float:
     >>> round(largest_area(1.0, 0.0), 4)  # exp(1) / (1 + exp(1))
     0.7311
     """
+    if math.isinf(epsilon):
+        return 1.0
     # The curve goes from (0, delta) to (corner, 1 - corner) to (1 - delta, 1), each time in a straight line.
     corner = (1 - delta) / (1 + math.exp(min(epsilon, 700.0)))
     return 1 - corner * (1 - delta)
