@@ -17,7 +17,7 @@ Dress = Callable[[Weighted], nn.Module]
 _Layer = TypeVar("_Layer", bound=Weighted)
 
 RELU_GAIN = math.sqrt(2)  # keeps variance behind a rectifier (He et al. 2015)
-_MOST_KEYS = 32  # pixels a side
+_KEYS = 32  # pixels a side: 1,024 keys
 
 
 class PixelNorm(nn.Module):
@@ -82,24 +82,25 @@ def spectrally_normalised(layer: _Layer) -> _Layer:
 class SelfAttention(nn.Module):
     """Every pixel looks at all pixels of its own image (Zhang et al. 2019, SAGAN): x + gamma * attention(x).
 
-    f, g and h are 1 x 1 convolutions, gamma is learned and starts at 0, where the layer is the identity. Above 32 x 32
-    pixels keys and values are max-pooled to 32 x 32, as BigGAN does (Brock et al. 2019), since the map of a 128 x 128
-    image would otherwise take 1 GB an image.
+    f, g and h are 1 x 1 convolutions, gamma is learned and starts at 0, where the layer is the identity. Keys and values
+    of larger maps are max-pooled to 32 x 32, as BigGAN pools them (Brock et al. 2019): what every pixel of a 128 x 128 map
+    thinks of every other would take 1 GB an image, of 32 x 32 keys 64 MB.
 
     Args:
         channels: of its input and output.
         size: pixels a side of its input.
         dress: what is done to f, g and h.
+        keys: pixels a side of what keys and values are pooled to.
     """
 
-    def __init__(self, channels: int, size: int, dress: Dress) -> None:
+    def __init__(self, channels: int, size: int, dress: Dress, keys: int = _KEYS) -> None:
         super().__init__()
         inner = max(channels // 8, 1)
         self.f = dress(nn.Conv2d(channels, inner, 1))
         self.g = dress(nn.Conv2d(channels, inner, 1))
         self.h = dress(nn.Conv2d(channels, channels, 1))
         self.gamma = Scale(0.0)
-        self._pool = max(size // _MOST_KEYS, 1)
+        self._pool = max(size // keys, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, size, size) -> the same shape."""
