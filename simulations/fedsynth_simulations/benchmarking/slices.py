@@ -27,7 +27,7 @@ _PUBLIC_PATIENTS = 300
 
 @dataclass(frozen=True)
 class Slices:
-    """Grey slices (N, 32, 32) float32 in [0, 1] and their classes (N,)."""
+    """Grey slices (N, H, H) float32 in [0, 1] and their classes (N,)."""
 
     images: NDArray[np.float32]
     labels: NDArray[np.int64]
@@ -52,18 +52,23 @@ class Task:
         return Slices(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
 
 
-def load_task(data: Path, cohorts: Path) -> Task:
+def load_parts(data: Path, size: int = SIZE) -> dict[str, Slices]:
+    """The sites ``a``, ``b``, ``c`` and the ``test`` set at `size` pixels, by contiguous ranges of each class's numbers."""
     parts: dict[str, list[Slices]] = {name: [] for name in _RANGES}
     for code, name in enumerate(CLASSES):
         paths = sorted((data / name).glob("*.png"), key=lambda path: int(path.stem))
-        images = np.stack([_prepared(path) for path in paths])
+        images = np.stack([_prepared(path, size) for path in paths])
         for part, (low, high) in _RANGES.items():
             chosen = images[round(low * len(paths)) : round(high * len(paths))]
             parts[part].append(Slices(chosen, np.full(len(chosen), code, dtype=np.int64)))
-    merged = {
+    return {
         part: Slices(np.concatenate([p.images for p in found]), np.concatenate([p.labels for p in found]))
         for part, found in parts.items()
     }
+
+
+def load_task(data: Path, cohorts: Path) -> Task:
+    merged = load_parts(data)
     public = load_public(cohorts, _PUBLIC_PATIENTS, 64)
     cohort = PublicCohort(public.images, public.masks, public.morphology.astype(np.float64), public.labels)
     slices, targets = extractor_task(cohort)
@@ -71,12 +76,12 @@ def load_task(data: Path, cohorts: Path) -> Task:
     return Task({name: merged[name] for name in ("a", "b", "c")}, merged["test"], scaled(t1c), targets)
 
 
-def _prepared(path: Path) -> NDArray[np.float32]:
-    """(32, 32): block means, scaled by the slice's own brightest pixels; no statistic over slices."""
+def _prepared(path: Path, size: int) -> NDArray[np.float32]:
+    """(size, size): block means, scaled by the slice's own brightest pixels; no statistic over slices."""
     with Image.open(path) as picture:
         grey = np.asarray(picture.convert("L"), dtype=np.float32)
-    factor = len(grey) // SIZE
-    return scaled(grey.reshape(SIZE, factor, SIZE, factor).mean(axis=(1, 3))[None])[0]
+    factor = len(grey) // size
+    return scaled(grey.reshape(size, factor, size, factor).mean(axis=(1, 3))[None])[0]
 
 
 def scaled(slices: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -85,35 +90,41 @@ def scaled(slices: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 class ClassNetwork(nn.Module):
-    """Slices (N, 1, 32, 32) -> class logits (N, 3); the yardstick."""
+    """Slices (N, C, 32, 32) -> class logits (N, K); the yardstick."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, classes: int = len(CLASSES)) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for inside, outside in ((1, 24), (24, 48), (48, 96)):
+        for inside, outside in ((channels, 24), (24, 48), (48, 96)):
             layers += [nn.Conv2d(inside, outside, 3, padding=1), nn.GroupNorm(8, outside), nn.SiLU(), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 16, len(CLASSES)))
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 16, classes))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits."""
         return self.layers(images)
 
 
-def classify(train: Slices, test: Slices, seed: int) -> dict[str, float | None]:
+def train_class_network(
+    images: NDArray[np.float32], labels: NDArray[np.int64], seed: int, classes: int = len(CLASSES), steps: int = 300
+) -> nn.Module:
+    """A class network of slices (N, C, 32, 32), trained for a fixed number of steps."""
     # `fit` seeds the weights; dropout draws from torch's global stream.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = fit(
-            ClassNetwork,
+        return fit(
+            lambda: ClassNetwork(images.shape[1], classes),
             functional.cross_entropy,
-            train.images[:, None],
-            train.labels,  # type: ignore[arg-type]  # `fit` hands targets to the loss as they are
+            images,
+            labels,  # type: ignore[arg-type]  # `fit` hands targets to the loss as they are
             np.random.default_rng([seed, 9]),
-            300,
+            steps,
             64,
             "Training a class network",
         )
-    logits = predict(network, test.images[:, None])
+
+
+def classify(train: Slices, test: Slices, seed: int) -> dict[str, float | None]:
+    logits = predict(train_class_network(train.images[:, None], train.labels, seed), test.images[:, None])
     return {
         "accuracy": round(float((logits.argmax(axis=1) == test.labels).mean()), 4),
         "auc": round(macro_auc(logits, test.labels), 4),
