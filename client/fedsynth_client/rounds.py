@@ -19,7 +19,7 @@ from fedsynth.engines import embedding, moments
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.evaluation.site_scores import evaluators, evaluators_template
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.images import make_companion, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Activity, Module, SiteEvaluationPlan, StatisticPlan, StudyPlan
 from fedsynth.profiles import profile_model, profile_template
@@ -188,7 +188,8 @@ def _train(
         return train_translation(plan, start, local, domains, block, randomness, first_step)
     profiles = profile_model(plan, incoming).draw(_POOL, public_generator(randomness))
     patients = ImagePatients(image_slices(cohort), morphology, labels)
-    return train_gan(plan, incoming["generator"], local, profiles, patients, block, randomness)
+    start = incoming["generator"]
+    return train_gan(plan, start, local, profiles, patients, block, randomness, first_step)
 
 
 def _rows(plan: StudyPlan, module: Module, public: State, cohort: Cohort) -> torch.Tensor:
@@ -311,8 +312,8 @@ def _public(plan: StudyPlan, module: Module, content: RecordDict) -> State:
 
 
 def _discriminator_start(plan: StudyPlan, content: RecordDict) -> State:
-    """The public discriminator that a site starts from: random weights, or those whose digest the plan names."""
-    state = from_record(content, "discriminator", make_discriminator(plan).state_dict())
+    """The public discriminator or encoder that a site starts from: random weights, or those whose digest the plan names."""
+    state = from_record(content, "discriminator", make_companion(plan).state_dict())
     start = plan.gan.warm_start
     if start is not None and state_digest(state) != start.discriminator_sha256:
         raise Refused("warm_start_differs", "The discriminator that was sent is not the one the approved plan names.")

@@ -18,7 +18,7 @@ from fedsynth.models.trainable import make_trainable, trainable_parameters
 from fedsynth.plan import StudyPlan, Trains
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth_client.training import adversarial
+from fedsynth.dp import step as dp_step
 from fedsynth_client.training.adaptive_steps import (
     LADDER,
     Pace,
@@ -214,7 +214,7 @@ def test_what_is_sent_looks_as_the_plan_says_and_local_state_survives_the_file(o
 def test_chunks_of_a_draw_change_nothing(options: Mapping[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     study, whole = plan(**options), Mechanism(1.0, SIGMA, 1)
     at_once = block(study, mechanism=whole).local
-    monkeypatch.setattr(adversarial, "CHUNK", 4)  # two patients with two slices each
+    monkeypatch.setattr(dp_step, "CHUNK", 4)  # two patients with two slices each
     in_chunks = block(study, mechanism=whole).local
     for name in at_once:
         if name.startswith("exp_avg/"):
