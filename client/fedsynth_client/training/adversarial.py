@@ -13,7 +13,6 @@ The plan's options (`fedsynth.plan.GanPlan`) change the networks (`fedsynth.mode
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness
@@ -44,6 +43,8 @@ from fedsynth_client.training.critic import (
 from fedsynth_client.training.images import ImagePatients, showing
 from fedsynth_client.training.learner import Group, Learner, Optimised
 from fedsynth_client.training.networks import active, kept, named, prefixed, shared_generator, site_network
+from fedsynth_client.training.private_generator import train_private_generator
+from fedsynth_client.training.variational import train_vae
 
 __all__ = ["ImagePatients", "train_gan"]
 
@@ -76,18 +77,25 @@ def train_gan(
         ValueError: `mechanism` has no noise in a private study, or noise in one without privacy.
     """
     gan = plan.gan
+    if gan.architecture == "vae":
+        return train_vae(plan, generator_weights, local, profiles, patients, mechanism, randomness, first_step)
+    if gan.generator_is_private:
+        return train_private_generator(
+            plan, generator_weights, local, profiles, patients, mechanism, randomness, first_step
+        )
     show = showing(plan, profiles, patients, randomness)
     generator, to_move = shared_generator(plan, generator_weights, show.public)
     discriminator, trained = site_network(plan, local, show.public)
-    moving = Optimised(gan, [Group(to_move, gan.generator_learning_rate)])
-    optimised = Optimised(gan, [Group(trained, gan.learning_rate)], local)
+    moving = Optimised(gan, Group(to_move, gan.generator_learning_rate))
+    optimised = Optimised(gan, Group(trained, gan.learning_rate, local))
     interpolating = penalised_at(gan) == "interpolates"
     learner = Learner(plan, discriminator, optimised, mechanism, randomness, functional=interpolating)
     rung, pace = _ladder(plan, local)
     tally = Tally()
     for step in range(first_step, first_step + mechanism.steps):
         stage = stage_at(plan, step)
-        learner.at(step, active(discriminator, trained, stage))
+        learning = active(discriminator, trained, stage)
+        learner.at(step, learning)
         drawn = show.draw(mechanism.sample_rate, stage, randomness)
         learner.step(
             len(drawn),
@@ -96,12 +104,16 @@ def train_gan(
             fake_loss(gan, *fakes_to_reject(show, generator, stage), stage),
         )
         if gan.lipschitz == "weight_clip":
-            clamp_weights(optimised.moving, gan.weight_clip)
+            clamp_weights(learning.values(), gan.weight_clip)
         rung, due = after_discriminator_step(rung)
         if due:
-            moving.at(step, active(generator, to_move, stage))
+            led = active(generator, to_move, stage)
+            moving.at(step, led)
             scores = scores_of_new_fakes(show, generator, discriminator, stage)
-            _move(moving, generator_losses(gan.loss, scores).mean())
+            gradients = torch.autograd.grad(generator_losses(gan.loss, scores).mean(), list(led.values()))
+            for parameter, gradient in zip(led.values(), gradients, strict=True):
+                parameter.grad = gradient
+            moving.optimizer.step()
             tally.count(gan, scores)
             if pace is not None:
                 seen_through = ~taken_for_real(gan.loss, scores)
@@ -112,7 +124,7 @@ def train_gan(
         {"update_norm": update_norm(generator_weights, after), **tally.means()},
         {
             **kept(discriminator),
-            **optimised.moments(),
+            **optimised.moments(trained),
             **({} if pace is None else named("ladder/", rung.to_state())),
         },
     )
@@ -125,11 +137,3 @@ def _ladder(plan: StudyPlan, local: State) -> tuple[Rung, Pace | None]:
         return Rung(discriminator_steps=gan.discriminator_steps), None
     pace = Pace(gan.adaptive_accuracy, gan.adaptive_memory, gan.steps_per_round)
     return rung_from(prefixed(local, "ladder/")), pace
-
-
-def _move(moving: Optimised, loss: Tensor) -> None:
-    """A step down a loss that touches no patient."""
-    gradients = torch.autograd.grad(loss, moving.moving)
-    for parameter, gradient in zip(moving.moving, gradients, strict=True):
-        parameter.grad = gradient
-    moving.optimizer.step()

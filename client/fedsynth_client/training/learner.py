@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,91 +31,85 @@ BETAS = (0.5, 0.999)  # of Adam, as in DCGAN
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters, by name, that train at one learning rate."""
+    """Parameters that train at one learning rate, by their names in their network.
+
+    `moments` are those that `Optimised.moments` gave for these names; of a parameter that is not named there, none.
+    """
 
     parameters: Parameters
     rate: float
+    moments: State = field(default_factory=dict)
 
 
 class Optimised:
-    """Parameters that the plan's optimiser moves.
+    """Groups of parameters that the plan's optimiser moves.
 
     Only those that a stage uses are given to it. A parameter that growth adds starts without moments; one that rests keeps
     its own, and its values.
     """
 
-    def __init__(self, training: TrainingPlan, groups: Sequence[Group], moments: Mapping[str, Tensor] | None = None):
-        """`moments`: as `moments` gave them back; of parameters that are not named, none."""
+    def __init__(self, training: TrainingPlan, *groups: Group) -> None:
         self._training = training
         self._groups = groups
-        self._names = {parameter: name for group in groups for name, parameter in group.parameters.items()}
-        self._kept: dict[Tensor, dict[str, Tensor]] = {}
-        for parameter, name in self._names.items():
-            state = {
-                moment: (moments or {})[f"{moment}/{name}"].clone()
-                for moment in _MOMENTS[training.optimizer]
-                if f"{moment}/{name}" in (moments or {})
-            }
-            if state:
-                self._kept[parameter] = state
-        self._active = list(self._names.values())
-        self.optimizer = self._made(self._active)
+        self._states: dict[Tensor, dict[str, Tensor]] = {}
+        for group in groups:
+            for name, parameter in group.parameters.items():
+                if f"{self._moments[0]}/{name}" in group.moments:
+                    self._states[parameter] = {m: group.moments[f"{m}/{name}"].clone() for m in self._moments}
+        self._active = [group.parameters for group in groups]
+        self.optimizer = self._made()
 
-    def at(self, step: int, active: list[str]) -> bool:
-        """Set the learning rates of a step (from 0, over all rounds) and let the parameters called `active` move.
+    def at(self, step: int, *active: Parameters) -> bool:
+        """Set the learning rates of a step (from 0, over all rounds) and let those of each group that are `active` move.
 
         Returns:
             Whether `optimizer` is another one than before.
         """
-        anew = active != self._active
+        anew = [list(group) for group in active] != [list(group) for group in self._active]
         if anew:
-            self._kept.update(self.optimizer.state)
-            self._active = active
-            self.optimizer = self._made(active)
-            for parameter, name in self._names.items():
-                parameter.requires_grad_(name in active)
-                parameter.grad = None
+            self._states.update(self.optimizer.state)
+            self._active = list(active)
+            self.optimizer = self._made()
+            for group, moving in zip(self._groups, active, strict=True):
+                for name, parameter in group.parameters.items():
+                    parameter.requires_grad_(name in moving)
+                    parameter.grad = None
         training = self._training
         factor = rate_factor(training.schedule, step / max(training.steps, 1), training.final_learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = settings["initial_lr"] * factor
         return anew
 
-    @property
-    def moving(self) -> list[nn.Parameter]:
-        """What the optimiser moves now."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def moments(self) -> State:
-        """Moments of all parameters that have any (a copy), as "moment/name"."""
-        states: dict[Tensor, dict[str, Tensor]] = {**self._kept, **self.optimizer.state}
+    def moments(self, parameters: Parameters) -> State:
+        """Moments (a copy) of those of `parameters` that have any, as "moment/name"."""
+        states = {**self._states, **self.optimizer.state}
         return {
             f"{moment}/{name}": states[parameter][moment].detach().clone()
-            for parameter, name in self._names.items()
+            for name, parameter in parameters.items()
             if parameter in states
-            for moment in _MOMENTS[self._training.optimizer]
-            if isinstance(states[parameter].get(moment), Tensor)
+            for moment in self._moments
+            if states[parameter].get(moment) is not None
         }
 
-    def _made(self, active: list[str]) -> torch.optim.Optimizer:
+    @property
+    def _moments(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self._training.optimizer == "sgd" else ("exp_avg", "exp_avg_sq", "step")
+
+    def _made(self) -> torch.optim.Optimizer:
         groups = [
-            {"params": own, "lr": group.rate, "initial_lr": group.rate}
-            for group in self._groups
-            if (own := [parameter for name, parameter in group.parameters.items() if name in active])
+            {"params": list(moving.values()), "lr": group.rate, "initial_lr": group.rate}
+            for group, moving in zip(self._groups, self._active, strict=True)
         ]
         optimizer: torch.optim.Optimizer
         if self._training.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, momentum=self._training.momentum)
         else:
             optimizer = torch.optim.Adam(groups, betas=BETAS)
-        for group in groups:
-            for parameter in group["params"]:  # type: ignore[attr-defined]
-                if parameter in self._kept:
-                    optimizer.state[parameter] = self._kept[parameter]
+        for moving in self._active:
+            for parameter in moving.values():
+                if parameter in self._states:
+                    optimizer.state[parameter] = self._states[parameter]
         return optimizer
-
-
-_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq", "step"), "sgd": ("momentum_buffer",)}
 
 
 class Learner:
@@ -154,9 +147,9 @@ class Learner:
         self._mechanism, self._randomness, self._functional = mechanism, randomness, functional
         self._private: PrivateModel | None = None
 
-    def at(self, step: int, active: list[str]) -> None:
+    def at(self, step: int, *active: Parameters) -> None:
         """What `Optimised.at` does, before a step. What does not move is neither noised nor counted in a norm."""
-        if self._optimised.at(step, active):
+        if self._optimised.at(step, *active):
             self._private = None
 
     def step(

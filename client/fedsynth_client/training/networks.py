@@ -42,9 +42,9 @@ def kept(model: nn.Module) -> State:
     return {**named("model/", plain_state(model)), **named("adapter/", adapter_state(model))}
 
 
-def active(model: nn.Module, trained: Parameters, stage: Stage | None) -> list[str]:
-    """Names of those of the parameters that train which a stage uses."""
-    return [name for name in active_parameters(model, stage) if name in trained]
+def active(model: nn.Module, trained: Parameters, stage: Stage | None) -> Parameters:
+    """Those of the parameters that train which a stage uses."""
+    return {name: trained[name] for name in active_parameters(model, stage) if name in trained}
 
 
 def named(prefix: str, state: State) -> State:
