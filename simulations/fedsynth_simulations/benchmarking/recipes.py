@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,11 +24,12 @@ from fedsynth.plan import EmbeddingPlan, Module, MomentsPlan, PublicWeights, Stu
 from fedsynth.profiles import profile_model
 from fedsynth.records import PROFILES, PUBLIC, State, state_digest
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth_client.training.adversarial import ImagePatients, train_gan
+from fedsynth_client.training.adversarial import ImagePatients
 from fedsynth_client.training.statistic import release_statistic
-from fedsynth_server.aggregation import moving_average, site_weights, summed, weighted_average
+from fedsynth_server.aggregation import site_weights, summed
 from fedsynth_server.fitting.embedding import fit_generator
 from fedsynth_server.fitting.moments import fit_moments
+from fedsynth_simulations.benchmarking.rounds import train_rounds
 
 Recipe = Literal["public", "conditions", "scratch", "warm", "embedding", "hybrid"]
 RECIPES: tuple[Recipe, ...] = ("public", "conditions", "scratch", "warm", "embedding", "hybrid")
@@ -274,15 +275,7 @@ def _adversarial(
     pool: SyntheticProfiles,
 ) -> State:
     """Rounds of local blocks and averaging; returns the moving average of the generator."""
-    shared = average = start
-    local = {name: {f"model/{key}": tensor for key, tensor in critic.items()} for name in sites}
-    for _ in range(plan.gan.rounds):
-        replies: dict[str, State] = {}
-        for name, site in sites.items():
-            whole = history[name]["gan"]
-            block = Mechanism(whole.sample_rate, whole.noise_multiplier, plan.gan.steps_per_round)
-            result = train_gan(plan, shared, local[name], pool, site.patients, block, randomness[name])
-            replies[name], local[name] = result.weights, result.local
-        shared = weighted_average(replies, site_weights(plan, sorted(replies)))
-        average = moving_average(average, shared, plan.gan.ema_decay)
-    return average
+    blocks = {name: replace(history[name]["gan"], steps=plan.gan.steps_per_round) for name in sites}
+    patients = {name: site.patients for name, site in sites.items()}
+    weights = site_weights(plan, sorted(sites))
+    return train_rounds(plan, start, critic, patients, blocks, randomness, weights, pool).average

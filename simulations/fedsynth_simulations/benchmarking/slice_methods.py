@@ -23,10 +23,11 @@ from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import ImagePlan, LabelPlan, MorphologyPlan, StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth_client.training.adversarial import ImagePatients, train_gan
+from fedsynth_client.training.adversarial import ImagePatients
 from fedsynth_client.training.statistic import release_statistic
-from fedsynth_server.aggregation import moving_average, summed, weighted_average
+from fedsynth_server.aggregation import summed
 from fedsynth_simulations.benchmarking.grid import benchmark_plan
+from fedsynth_simulations.benchmarking.rounds import train_rounds
 from fedsynth_simulations.benchmarking.slices import CLASSES, SIZE, Slices, Task
 from fedsynth_simulations.pretrain import VolumeEncoder
 
@@ -72,21 +73,22 @@ def _gan(task: Task, epsilon: float, seed: int) -> Slices:
     generator, critic = make_generator(plan), make_discriminator(plan)
     initialise(generator, draws)
     initialise(critic, draws)
-    shared = average = generator.state_dict()
-    local = {name: {f"model/{key}": value for key, value in critic.state_dict().items()} for name in task.sites}
-    randomness = {name: SeededRandomness(100 * seed + i) for i, name in enumerate(task.sites)}
     labels = torch.arange(3 * 300) % 3
-    pool = SyntheticProfiles(torch.zeros(len(labels), 0), torch.full((len(labels), 1), 0.5), labels)
-    for _ in range(_GAN_ROUNDS):
-        replies: dict[str, State] = {}
-        for name, site in task.sites.items():
-            rate = _GAN_BATCH / len(site)
-            block = Mechanism(rate, _noise(rate, _GAN_ROUNDS * _GAN_STEPS, epsilon), _GAN_STEPS)
-            result = train_gan(plan, shared, local[name], pool, _as_patients(site), block, randomness[name])
-            replies[name], local[name] = result.weights, result.local
-        shared = weighted_average(replies, dict.fromkeys(replies, 1 / len(replies)))
-        average = moving_average(average, shared, plan.gan.ema_decay)
-    generator.load_state_dict(average)
+    blocks = {}
+    for name, site in task.sites.items():
+        rate = _GAN_BATCH / len(site)
+        blocks[name] = Mechanism(rate, _noise(rate, _GAN_ROUNDS * _GAN_STEPS, epsilon), _GAN_STEPS)
+    end = train_rounds(
+        plan,
+        generator.state_dict(),
+        critic.state_dict(),
+        {name: _as_patients(site) for name, site in task.sites.items()},
+        blocks,
+        {name: SeededRandomness(100 * seed + i) for i, name in enumerate(task.sites)},
+        dict.fromkeys(task.sites, 1 / len(task.sites)),
+        SyntheticProfiles(torch.zeros(len(labels), 0), torch.full((len(labels), 1), 0.5), labels),
+    )
+    generator.load_state_dict(end.average)
     return _draw(plan, generator, draws, smooth=False)
 
 
