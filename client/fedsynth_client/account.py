@@ -170,7 +170,7 @@ def render(current: Account) -> None:
             str(s.steps),
             f"{s.sample_rate:.3f}",
             f"{s.noise_multiplier:g}",
-            f"{s.max_grad_norm:g}",
+            f"{s.max_grad_norm:g}" if s.noise_multiplier else "none",
             shown(s.epsilon_alone),
             "yes" if s.private else "NO",
         )

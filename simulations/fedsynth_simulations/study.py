@@ -31,6 +31,7 @@ from fedsynth.attacks.values import Attacks
 from fedsynth.auditing.code import code_digest
 from fedsynth.auditing.values import Audit
 from fedsynth.engines.moments import sizes
+from fedsynth.epsilons import finite
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.evaluation.evaluate import evaluate
 from fedsynth.evaluation.patients import Patients
@@ -173,7 +174,7 @@ def _stage(name: str) -> Iterator[None]:
 
 
 def _remember(out: Path, settings: Settings) -> None:
-    path, asked = out / "settings.json", json.loads(json.dumps(asdict(settings)))
+    path, asked = out / "settings.json", json.loads(json.dumps(finite(asdict(settings))))
     if path.is_file():
         held = read_json(path)
         if held != asked:
@@ -274,13 +275,14 @@ def _site(folder: Path, name: str, plan: StudyPlan, sources_path: Path) -> None:
     if not site.policy_path.is_file():
         policy = SitePolicy(
             site=name,
-            max_epsilon=plan.privacy.epsilon,
+            max_epsilon=plan.privacy.epsilon if plan.privacy.private else 0.0,
             max_holdout_epsilon=plan.site_evaluation.epsilon if plan.site_evaluation else 0.0,
             max_delta=plan.privacy.delta,
             min_patients=max(declared // 2, 5),
             declared_patients=declared,
             modules=[*plan.modules, "evaluation"],
             allow_reproducible_noise=plan.privacy.reproducible_seed is not None,
+            allow_not_private=not plan.privacy.private,
         )
         save_policy(policy, site.policy_path)
     if not site.cohort_path.is_dir():
@@ -477,7 +479,7 @@ def _release(
         audit=audit,
         attacks=attacks,
         limits=_limits(drawn, attacks),
-        override=_override(settings),
+        override=_override(plan, settings),
         site_evaluation=site_evaluation(plan, state) if state.evaluated else None,
     )
 
@@ -497,12 +499,17 @@ def _limits(drawn: _Drawn, attacks: Attacks) -> Limits:
     )
 
 
-def _override(settings: Settings) -> OverrideRequest | None:
-    """Noise that can be made again protects nobody: here it need not, since the patients are simulated or public."""
-    if settings.reproducible_seed is None:
+def _override(plan: StudyPlan, settings: Settings) -> OverrideRequest | None:
+    """No noise, or noise that can be made again, protects nobody: here it need not, since the patients are simulated or
+    public."""
+    causes = {
+        "privacy": "" if plan.privacy.private else "The study was trained without privacy.",
+        "private": ""
+        if plan.privacy.reproducible_seed is None
+        else "The noise was seeded so that the run can be repeated.",
+    }
+    checks = tuple(check for check, cause in causes.items() if cause)
+    if not checks:
         return None
-    return OverrideRequest(
-        statement=f"The noise was seeded so that the run can be repeated. Its patients are {_data(settings)}.",
-        responsible="whoever ran the simulation",
-        checks=("private",),
-    )
+    said = " ".join(causes[check] for check in checks)
+    return OverrideRequest(f"{said} Its patients are {_data(settings)}.", "whoever ran the simulation", checks)

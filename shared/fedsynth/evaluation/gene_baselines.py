@@ -144,6 +144,8 @@ def _shrunk(counts: Floats, expected: Floats, noise_sd: float) -> Floats:
     """`counts` (G, B) drawn towards what is `expected`, by how much they differ beyond their noise."""
     off = counts - expected
     real = max(float(np.square(off).mean()) - noise_sd**2, 0.0)
+    if real == 0:
+        return expected
     return expected + off * real / (real + noise_sd**2)
 
 
@@ -161,7 +163,12 @@ def _profiles(genes: Floats, labels: NDArray[np.int64], like: Profiles) -> Profi
 
 def baseline_names(spent: float, delta: float) -> tuple[str, str]:
     """How the two are called in a report; epsilon is rounded up."""
+    noise = (
+        f"with noise for epsilon {math.ceil(100 * spent) / 100:g}, delta {delta:g} a patient"
+        if spent < math.inf
+        else ""
+    )
     return (
         "multivariate normal by class, NOT private",
-        f"marginals by class, with noise for epsilon {math.ceil(100 * spent) / 100:g}, delta {delta:g} a patient",
+        f"marginals by class, {noise or 'without noise, NOT private'}",
     )
