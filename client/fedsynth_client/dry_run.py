@@ -16,17 +16,17 @@ from fedsynth.engines import embedding, moments
 from fedsynth.evaluation.site_scores import ROW_SIZE, evaluators_template
 from fedsynth.marks import marks
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.images import make_companion, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.profiles import profile_template
 from fedsynth.records import (
     EVALUATORS,
     MESSAGE_TYPES,
-    PROGRESS,
     PUBLIC,
     WEIGHTS,
     State,
+    progress_of,
     progress_record,
     task_record,
     task_weights,
@@ -131,7 +131,7 @@ def _template(plan: StudyPlan, record: str) -> State:
     if record == EVALUATORS:
         return evaluators_template(plan)
     if record == "discriminator":
-        return dict(make_discriminator(plan).state_dict())
+        return dict(make_companion(plan).state_dict())
     if record == WEIGHTS["autoencoder"]:
         return dict(make_autoencoder(plan).state_dict())
     if record == WEIGHTS["translation"]:
@@ -162,7 +162,7 @@ def _leaves(plan: StudyPlan, module: Activity) -> list[Record]:
     return _described(
         {
             WEIGHTS[module]: to_record(outgoing(plan, module)),
-            "progress": progress_record(dict.fromkeys(sorted(PROGRESS[module]), 0.0)),
+            "progress": progress_record(dict.fromkeys(sorted(progress_of(plan, module)), 0.0)),
             "receipt": receipt,
         }
     )

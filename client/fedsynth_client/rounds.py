@@ -33,6 +33,7 @@ from fedsynth.records import (
     check_task,
     from_record,
     norm_limit,
+    progress_of,
     progress_record,
     state_digest,
     task_weights,
@@ -356,5 +357,5 @@ def _reply(
     ledger.sent(task, {name: record.count_bytes() for name, record in records.items()}, digest, recipient)
     receipt["head"] = ledger.head  # of the same length; it covers the entry that this reply was sent
     content = RecordDict(records)
-    check_reply(content, task.module)
+    check_reply(content, task.module, progress_of(plan, task.module))
     return content

@@ -16,7 +16,7 @@ from fedsynth.errors import JobFailed, UsageError
 from fedsynth.files import DISK_FULL, write_atomic
 from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.images import make_companion, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.plan import MODULES, Module, StatisticPlan, StudyPlan
 from fedsynth.records import PUBLIC, State, state_digest
@@ -207,11 +207,11 @@ def first_state(plan: StudyPlan, warm_start: dict[str, State] | None) -> StudySt
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # nn.Linear draws its first weights from the global stream
         autoencoder, dnn = make_autoencoder(plan).state_dict(), make_radiogenomic_dnn(plan).state_dict()
-        generator, discriminator = make_generator(plan), make_discriminator(plan)
+        generator, companion = make_generator(plan), make_companion(plan)
     draws = torch.Generator().manual_seed(seed)
     initialise(generator, draws)
-    initialise(discriminator, draws)
-    start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    initialise(companion, draws)
+    start: dict[str, State] = {"generator": generator.state_dict(), "discriminator": companion.state_dict()}
     if plan.profile_engine == "networks":
         start |= {"autoencoder": autoencoder, "radiogenomics": dnn}
     if "translation" in plan.modules:

@@ -34,6 +34,7 @@ from fedsynth.records import (
     check_reply,
     from_record,
     norm_limit,
+    progress_of,
     task_record,
     task_weights,
     to_record,
@@ -381,7 +382,7 @@ def _accept(plan: StudyPlan, reply: Message, current: _Round, site: str, order: 
     module = current.module
     if reply.has_error():
         raise JobFailed(_refusal_code(reply), "Flower could not deliver the task or its reply.")
-    check_reply(reply.content, module)
+    check_reply(reply.content, module, progress_of(plan, module))
     if "refusal" in reply.content:
         raise JobFailed(_refusal_code(reply), "The site refused.")
     largest = norm_limit(module)

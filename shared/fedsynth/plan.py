@@ -387,8 +387,30 @@ class GanPlan(TrainingPlan):
             )
         if self.discriminator_norm == "batch" and self.architecture != "dcgan":
             raise ValueError("gan.discriminator_norm = 'batch' is of the architecture 'dcgan' alone")
+        if self.architecture == "vae" and self.augmentation:
+            raise ValueError(
+                "gan.augmentation changes what a discriminator is shown, and the architecture 'vae' has none"
+            )
+        if self.generator_is_private and self.discriminator_steps != 1:
+            raise ValueError(
+                "gan.discriminator_steps: with the architecture 'vae', l1_weight or feature_matching_weight both networks "
+                "have one private gradient and move together: leave it at 1"
+            )
+        self._lipschitz_fits()
         self._spectral_norm_fits()
         return self
+
+    def _lipschitz_fits(self) -> None:
+        if self.lipschitz == "gradient_penalty" and self.discriminator_norm == "batch":
+            raise ValueError(
+                "gan.lipschitz = 'gradient_penalty' is of each image's own slope, which gan.discriminator_norm = 'batch' "
+                "makes one of the batch: leave one of them out"
+            )
+        if self.lipschitz == "weight_clip" and self.discriminator_trains != "all":
+            raise ValueError(
+                "gan.lipschitz = 'weight_clip' clamps all weights of the discriminator, so gan.discriminator_trains has to "
+                "be 'all'"
+            )
 
     def _spectral_norm_fits(self) -> None:
         if self.spectral_norm and self.architecture == "vae":

@@ -56,6 +56,8 @@ PROGRESS: dict[Activity, frozenset[str]] = {
     "translation": frozenset({"update_norm"}),
     "evaluation": frozenset(),
 }
+# Of a variational autoencoder, which makes no fakes while it trains: all its losses are of private slices.
+PROGRESS_WITHOUT_FAKES = frozenset({"update_norm"})
 # Receipt of the ledger: public functions of public plans, and the digest of the ledger's newest entry. Both epsilons are of
 # the population that was charged: of an evaluation, of held-out patients.
 RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
@@ -193,13 +195,25 @@ def check_task(content: RecordDict, known: Collection[str]) -> None:
         raise JobFailed("task_not_in_closed_list", f"The message carries {len(unknown)} records that it may not have.")
 
 
+def progress_of(plan: StudyPlan, activity: Activity) -> frozenset[str]:
+    """The progress quantities that a reply of `activity` carries under `plan`."""
+    if activity == "gan" and plan.gan.architecture == "vae":
+        return PROGRESS_WITHOUT_FAKES
+    return PROGRESS[activity]
+
+
 def refusal(code: str) -> RecordDict:
     """The reply of a site that does not do what was asked: a code, without text."""
     return RecordDict({"refusal": ConfigRecord({"code": code})})
 
 
-def check_reply(content: RecordDict, module: Activity) -> None:
+def check_reply(content: RecordDict, module: Activity, progress_keys: frozenset[str] | None = None) -> None:
     """Make sure that a reply holds exactly the records and values that `module` may send, or a refusal's code alone.
+
+    Args:
+        content: the reply.
+        module: what was asked for.
+        progress_keys: `progress_of` the plan and the module; by default those of a plan with fakes.
 
     Raises:
         JobFailed: ``reply_not_in_closed_list`` (records or keys) or ``reply_malformed`` (a value of another kind: a list
@@ -216,7 +230,7 @@ def check_reply(content: RecordDict, module: Activity) -> None:
         names != {WEIGHTS[module], "progress", "receipt"}
         or WEIGHTS[module] not in content.array_records
         or progress is None
-        or set(progress) != PROGRESS[module]
+        or set(progress) != (PROGRESS[module] if progress_keys is None else progress_keys)
         or receipt is None
         or set(receipt) != RECEIPT
     ):

@@ -336,6 +336,25 @@ def test_a_plan_that_cannot_be_meant_is_refused(path: Path_, value: object, told
     assert told in refused(changed(PLAN, path, value), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"architecture": "vae", "augmentation": ["intensity"]}, "has none"),
+        ({"architecture": "vae", "discriminator_steps": 2}, "leave it at 1"),
+        ({"l1_weight": 1.0, "discriminator_steps": "adaptive"}, "leave it at 1"),
+        ({"feature_matching_weight": 1.0, "discriminator_steps": 5}, "leave it at 1"),
+        ({"lipschitz": "gradient_penalty", "discriminator_norm": "batch"}, "each image's own slope"),
+        ({"lipschitz": "weight_clip", "discriminator_trains": "head"}, "has to be 'all'"),
+    ],
+)
+def test_options_of_images_that_contradict_one_another_are_refused(
+    options: dict[str, object], told: str, tmp_path: Path
+) -> None:
+    plan = copy.deepcopy(PLAN)
+    plan["gan"].update(options)
+    assert told in refused(plan, tmp_path)
+
+
 def test_a_delta_below_what_prv_can_tell_is_refused_with_it_alone(tmp_path: Path) -> None:
     tiny = changed(PLAN, ("privacy", "delta"), PRV_LEAST_DELTA / 2)
     assert load_plan(write(tiny, tmp_path)).privacy.accountant == "rdp"

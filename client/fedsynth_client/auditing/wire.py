@@ -34,7 +34,7 @@ from fedsynth.errors import FedsynthError
 from fedsynth.evaluation import site_scores
 from fedsynth.models.dcgan import initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.images import make_companion, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
 from fedsynth.morphology import FEATURES
 from fedsynth.plan import Activity, StudyPlan
@@ -370,7 +370,7 @@ def _weights(plan: StudyPlan, public: Mapping[str, State], activity: Activity) -
     if activity != "gan":
         network = make_autoencoder(plan) if activity == "autoencoder" else make_radiogenomic_dnn(plan)
         return {WEIGHTS[activity]: network.state_dict()}
-    generator, discriminator = make_generator(plan), make_discriminator(plan)
+    generator, discriminator = make_generator(plan), make_companion(plan)
     for model in (generator, discriminator):
         initialise(model, torch.Generator().manual_seed(0))
     start = {WEIGHTS["gan"]: generator.state_dict(), "discriminator": discriminator.state_dict()}
