@@ -41,6 +41,7 @@ from fedsynth_server.coordinator.bounded_grid import reply_limit
 from fedsynth_server.forecast import forecast
 from fedsynth_server.levers import levers
 from fedsynth_server.outcome import study_outcome
+from fedsynth_server.release.wording import image_method
 from fedsynth_server.statement import privacy_statement
 from fedsynth_server.synthesis import synthesise
 from fedsynth_simulations.grid import InProcessGrid, run_in_process
@@ -226,6 +227,17 @@ def test_statement_forecast_and_outcome_know_the_module(finished: Study, plan: S
     verdicts = {each.module: each.verdict for each in study_outcome(plan, finished.state).modules}
     assert verdicts["translation"] == "open"
     assert reply_limit(plan).objects > len(finished.state.weights["translation"])
+
+
+def test_a_release_says_which_sequence_is_translated_and_which_translation_is_not_used(
+    plan: StudyPlan, tiny_plan: StudyPlan
+) -> None:
+    said = image_method(plan)
+    assert "T1c is translated from its T1" in said and "in 2 rounds" in said and "DP-SGD" in said
+    unused = image_method(with_translation(tiny_plan, domains="tumour", source="", target=""))
+    assert "no synthetic patient was drawn with them" in unused
+    none = image_method(with_translation(tiny_plan, rounds=0))
+    assert "translat" not in none
 
 
 def test_a_site_whose_policy_does_not_list_the_module_refuses(tiny_site: Site, plan: StudyPlan, ask: Ask) -> None:

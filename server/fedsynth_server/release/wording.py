@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsynth.evaluation.values import Figure
-from fedsynth.plan import StudyPlan
+from fedsynth.plan import StudyPlan, TranslationPlan
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -128,7 +128,23 @@ def image_method(plan: StudyPlan) -> str:
         text += f", {verb} in {rounds} against discriminators that were {trained} and never left their sites"
     if plan.embedding is None and not plan.gan.rounds:
         text += " and left as it was: no private image took part"
+    if plan.translation is not None and "translation" in plan.modules:
+        text += f"; {_translation(plan.translation, trained)}"
     return text
+
+
+def _translation(section: TranslationPlan, trained: str) -> str:
+    """What the images owe to the translation; of one between slices without and with tumour, that it is nothing."""
+    if section.domains == "tumour":
+        return (
+            f"networks that translate slices without tumour to slices with tumour and back were {trained} as well, on the "
+            "sites’ images; no synthetic patient was drawn with them, since mask, morphology and genes would not follow"
+        )
+    rounds = "one round" if section.rounds == 1 else f"{section.rounds} rounds"
+    return (
+        f"a patient’s {section.target} is translated from its {section.source} by a network {trained} on the sites’ "
+        f"unpaired images in {rounds} and averaged every round, against discriminators that never left their sites"
+    )
 
 
 Verdict = Literal["ceiling", "between", "floor", "open"]
