@@ -286,7 +286,7 @@ IMAGES: dict[str, Callable[[], Image]] = {
     "equalised": lambda: layers(equalised(nn.Conv2d(8, 5, 3)), nn.Flatten(), equalised(nn.Linear(80, 4))),
     "attention": lambda: layers(SelfAttention(8, 6, equalised)),
     "attention, spectral norm": lambda: layers(SelfAttention(8, 6, spectrally_normalised)),
-    "attention, pooled": lambda: layers(SelfAttention(8, 8, equalised, keys=4), size=8),
+    "attention, few keys": lambda: layers(SelfAttention(8, 8, equalised, keys=2), size=8),
     "dcgan": judging,
     "dcgan, spectral norm": lambda: judging(spectral_norm=True),
     "progressive, 8 pixels": lambda: judging(Stage(0), architecture="progressive"),

@@ -162,15 +162,19 @@ def test_attention_is_the_identity_until_gamma_moves_and_then_carries_far() -> N
     assert float(moved[1].max()) == 0  # another image does not
 
 
+@pytest.mark.parametrize("keys", [4, 2])
 @torch.no_grad()
-def test_attention_is_that_of_its_definition_and_pools_only_keys_and_values() -> None:
-    layer = SelfAttention(4, 8, equalised_linear, keys=4)
+def test_attention_is_that_of_its_definition_and_pools_only_keys_and_values(keys: int) -> None:
+    layer = SelfAttention(4, 8, equalised_linear, keys=keys)
     initialise(layer, torch.Generator().manual_seed(0))
     layer.gamma.weight.fill_(0.5)
     x = normal(1, 4, 8, 8)
-    keys, values = (t.reshape(-1, 4, 2, 4, 2).amax((2, 4)).flatten(1) for t in (layer.f(x)[0], layer.h(x)[0]))
+    pooled, values = (
+        maps[0].reshape(-1, keys, 8 // keys, keys, 8 // keys).amax((2, 4)).flatten(1)
+        for maps in (layer.f(x), layer.h(x))
+    )
     for i, j in ((0, 0), (3, 6)):
-        weights = torch.softmax(layer.g(x)[0, :, i, j] @ keys, dim=0)
+        weights = torch.softmax(layer.g(x)[0, :, i, j] @ pooled, dim=0)
         torch.testing.assert_close(layer(x)[0, :, i, j], x[0, :, i, j] + 0.5 * values @ weights)
 
 

@@ -83,14 +83,14 @@ class SelfAttention(nn.Module):
     """Every pixel looks at all pixels of its own image (Zhang et al. 2019, SAGAN): x + gamma * attention(x).
 
     f, g and h are 1 x 1 convolutions, gamma is learned and starts at 0, where the layer is the identity. Keys and values
-    of larger maps are max-pooled to 32 x 32, as BigGAN pools them (Brock et al. 2019): what every pixel of a 128 x 128 map
-    thinks of every other would take 1 GB an image, of 32 x 32 keys 64 MB.
+    are max-pooled to half the size, as in BigGAN (Brock et al. 2019), and to 32 x 32 at most: what every pixel of a
+    128 x 128 map thinks of every other would take 1 GB an image, of 32 x 32 keys 64 MB.
 
     Args:
         channels: of its input and output.
         size: pixels a side of its input.
         dress: what is done to f, g and h.
-        keys: pixels a side of what keys and values are pooled to.
+        keys: pixels a side that pooled keys and values have at most.
     """
 
     def __init__(self, channels: int, size: int, dress: Dress, keys: int = _KEYS) -> None:
@@ -100,7 +100,7 @@ class SelfAttention(nn.Module):
         self.g = dress(nn.Conv2d(channels, inner, 1))
         self.h = dress(nn.Conv2d(channels, channels, 1))
         self.gamma = Scale(0.0)
-        self._pool = max(size // keys, 1)
+        self._pool = max(size // keys, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, size, size) -> the same shape."""
@@ -109,4 +109,4 @@ class SelfAttention(nn.Module):
         return x + self.gamma((values @ looks.transpose(1, 2)).reshape(x.shape))
 
     def _pooled(self, maps: Tensor) -> Tensor:
-        return (max_pool2d(maps, self._pool) if self._pool > 1 else maps).flatten(2)
+        return max_pool2d(maps, self._pool).flatten(2)
