@@ -293,6 +293,13 @@ def with_sequences(plan: StudyPlan, sequences: Sequence[str]) -> StudyPlan:
     return plan.model_copy(update={"image": plan.image.model_copy(update={"sequences": list(sequences)})})
 
 
+_PART = "They are a part of what the model draws, not the hospitals’ population."
+_CAUTION = (
+    "Selecting costs no privacy, since it uses the generator alone, and adds no knowledge: patients of a subset are as good "
+    "as the model is there, and where few real patients were it knows little beyond its public prior."
+)
+
+
 def mix_words(asked: Selection, plan: StudyPlan) -> list[str]:
     """What was chosen of the patients, in sentences for people; none where the model's own mix was kept."""
     said = []
@@ -300,15 +307,15 @@ def mix_words(asked: Selection, plan: StudyPlan) -> list[str]:
         mix = ", ".join(f"{count} {name}" for name, count in numbers.items())
         said.append(f"The class mix was chosen, not that of the hospitals ({plan.label.name}: {mix}).")
     elif asked.only:
-        said.append(f"Only patients of class {' or '.join(asked.only)} were kept ({plan.label.name}).")
+        said.append(f"Only patients of class {' or '.join(asked.only)} were kept ({plan.label.name}). {_PART}")
     if asked.where:
         ranges = "; ".join(each.words for each in asked.where)
-        said.append(f"Only patients drawn for this morphology were kept: {ranges}.")
+        said.append(f"Only patients drawn for this morphology were kept: {ranges}. {_PART}")
     return said
 
 
 def words(asked: Selection, plan: StudyPlan) -> list[str]:
-    """Everything that was chosen, in sentences for people."""
+    """Everything that was chosen, in sentences for people, and what to think of it."""
     said = mix_words(asked, plan)
     if asked.sequences:
         others = [name for name in plan.image.sequences if name not in asked.sequences]
@@ -316,18 +323,12 @@ def words(asked: Selection, plan: StudyPlan) -> list[str]:
             f"Of the study’s MR sequences the images hold {', '.join(asked.sequences)}; {', '.join(others)} "
             f"{'was' if len(others) == 1 else 'were'} left out."
         )
-    return said
+    return [*said, *([_CAUTION] if asked.chooses_patients else [])]
 
 
 def told(selected: Selected, plan: StudyPlan) -> list[str]:
     """What was chosen and what came of it, in sentences for people."""
     return [*words(selected.asked, plan), *(each.words for each in selected.measured)]
-
-
-CAUTION = (
-    "Selecting costs no privacy, since it uses the generator alone, and adds no knowledge: patients of a subset are as good "
-    "as the model is there, and where few real patients were it knows little beyond its public prior."
-)
 
 
 def selection_faults(

@@ -124,14 +124,14 @@ def _composition(facts: ReleaseFacts, formats: Collection[str], labels: Sequence
 
 
 def _selected(facts: ReleaseFacts) -> Answers:
-    """Asked of Gebru et al.'s "is it a sample?" where somebody chose."""
+    """Gebru et al.: does it hold all possible instances, or is it a sample, and is that representative?"""
     if facts.selected is None:
         return []
     found = facts.selected
     share = (
         f" Of {found.tried} profiles that the model drew for it, {found.fitting} fitted." if found.asked.where else ""
     )
-    return [("Do they have the mix of the hospitals?", f"Not by the model alone. {_one_line(facts.selection)}{share}")]
+    return [("Are they a selection?", f"Yes. {_one_line(facts.selection)}{share}")]
 
 
 def _collection(facts: ReleaseFacts) -> Answers:
@@ -181,7 +181,10 @@ def _preprocessing(facts: ReleaseFacts) -> Answers:
 def _drawn_as(facts: ReleaseFacts) -> str:
     if not facts.selection:
         return "Nothing was selected, sorted or corrected after drawing."
-    return f"{_one_line(facts.selection)} Nothing was selected by its images, sorted by quality or corrected."
+    return (
+        "Patients were selected by what they were drawn for and sequences by name, where Composition says so. Nothing was "
+        "selected by its images, sorted by quality or corrected."
+    )
 
 
 def _uses(

@@ -10,7 +10,7 @@ from fedsynth import __version__
 from fedsynth.errors import UsageError
 from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan
-from fedsynth.selection import CAUTION, Selected, sequences_of, told
+from fedsynth.selection import Selected, sequences_of, told
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.release.wording import epsilon
 
@@ -87,7 +87,7 @@ class ReleaseFacts:
     @property
     def selection(self) -> str:
         """What was selected and what came of it, in plain words; empty where nothing was."""
-        return "" if self.selected is None else " ".join([*told(self.selected, self.plan), CAUTION])
+        return "" if self.selected is None else " ".join(told(self.selected, self.plan))
 
     @property
     def identifier(self) -> str:

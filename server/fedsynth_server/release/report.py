@@ -24,7 +24,7 @@ from fedsynth.evaluation.values import Evaluation, may_be_shared
 from fedsynth.files import write_atomic
 from fedsynth.plan import StudyPlan
 from fedsynth.records import PUBLIC
-from fedsynth.selection import CAUTION, Selected, sequences_of, words
+from fedsynth.selection import Selected, sequences_of, words
 from fedsynth.statement import PrivacyStatement
 from fedsynth_server.outcome import ModuleOutcome, Outcome
 from fedsynth_server.release import report_evidence as evidence
@@ -134,7 +134,6 @@ def write_report(
         methods=[("Profiles", wording.profile_method(plan)), ("Images", wording.image_method(plan))],
         sequences=sequences_of(plan, selected),
         chosen=[] if selected is None else words(selected.asked, plan),
-        caution=CAUTION,
         selected=selected,
         preview=_picture(preview_png),
         comparison=None if comparison_png is None else _picture(comparison_png),
