@@ -93,6 +93,21 @@ def test_without_noise_the_distance_falls(
     assert moved(start, result.state) > 0
 
 
+def test_a_study_without_privacy_is_fitted_to_within_the_error_of_sampling(
+    tiny_plan: StudyPlan, start: State, public: State, pool: SyntheticProfiles
+) -> None:
+    embedding = embedding_from(public, 2, 40, PATIENTS, 0.0)
+    assert bool(torch.isfinite(embedding.weight).all()) and int((embedding.weight > 0).sum()) == 40
+    nearly = embedding_from(public, 2, 40, PATIENTS, 1e-6)
+    torch.testing.assert_close(embedding.weight, nearly.weight, rtol=1e-3, atol=1e-6)  # what vanishing noise leads to
+    target = read_total(embedding, site_total(tiny_plan, embedding, PATIENTS), 0.0, PATIENTS)
+    assert target.patients == pytest.approx(PATIENTS)
+    assert bool((target.noise > 0).all())
+    result = run(tiny_plan, start, embedding, target, pool, steps=20)
+    assert math.isfinite(result.residual_before) and result.residual_after < result.residual_before
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in result.state.values())
+
+
 def test_pure_noise_leaves_the_generator_as_it_was(
     tiny_plan: StudyPlan, start: State, public: State, pool: SyntheticProfiles
 ) -> None:

@@ -362,7 +362,6 @@ def test_nothing_asked_is_nothing_allocated() -> None:
         (-0.1, 1.0, 1),
         (1.0001, 1.0, 1),
         (math.nan, 1.0, 1),
-        (0.1, 0.0, 1),
         (0.1, -1.0, 1),
         (0.1, math.nan, 1),
         (0.1, 1.0, 0),

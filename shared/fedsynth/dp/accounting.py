@@ -69,7 +69,7 @@ class Mechanism:
         if not 0 < self.sample_rate <= 1:
             raise ValueError(f"sample_rate must be in (0, 1], not {self.sample_rate}")
         if not self.noise_multiplier >= 0:
-            raise ValueError(f"noise_multiplier must not be negative, and is {self.noise_multiplier}")
+            raise ValueError(f"noise_multiplier must be 0 or more, not {self.noise_multiplier}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
