@@ -28,12 +28,15 @@ from fedsynth.errors import JobFailed, Refused
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.records import WEIGHTS, State, check_reply, progress_record, to_record
 from fedsynth_client.auditing.standins import (
+    IMAGES,
+    Noiseless,
     Patients,
     StandIn,
     alike,
     canary_patients,
     flat,
-    released,
+    for_many_steps,
+    heard,
     stand_in,
     step_weights,
 )
@@ -43,28 +46,11 @@ from fedsynth_client.ledger import Ledger, Limit, Task
 _ALARM = 1e-6
 _NOISE_GENES = 5000  # profile length, or row length, of a stand-in that is only listened to for its noise
 _FEW, _MANY = 8, 400
+_MANY_IMAGES = 100  # whose gradients are taken one by one
 _STEPS = 3
 # Orders for Opacus' accountant. It takes seconds for its own choice, most of them for orders that are no whole numbers.
 _ORDERS = [1.25, 1.5, 1.75, 2.5, 3.5, *range(2, 64), 96, 128, 192, 256]
 _TOLERANCE = 1e-3  # of what is read off weights and moments in float32
-
-
-class Noiseless:
-    """Adds nothing, so that what is released is the sum itself; who is drawn is left to `draws`, or everybody is."""
-
-    private = False
-    description = "no noise"
-
-    def __init__(self, draws: Randomness | None = None) -> None:
-        self._draws = draws
-
-    def uniform(self, count: int) -> Tensor:
-        """Zeros, with which everybody is drawn; or what `draws` gives."""
-        return torch.zeros(count, dtype=torch.float64) if self._draws is None else self._draws.uniform(count)
-
-    def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
-        """Zeros."""
-        return torch.zeros(tuple(shape))
 
 
 def noise_scale(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
@@ -75,7 +61,7 @@ def noise_scale(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """
     block = _short(charge(plan, site, module).mechanism)
     stand = _without_start(stand_in(plan, module, _NOISE_GENES, block.noise_multiplier))
-    parts = released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))
+    parts = heard(for_many_steps(stand), _nobody(stand, module), block, SystemRandomness())
     expected = block.noise_multiplier * float(step_weights(stand, block.steps).square().sum().sqrt())
     ok, finding = _as_charged(parts, expected)
     return MechanismCheck(
@@ -92,11 +78,9 @@ def noise_beside_patients(plan: StudyPlan, site: str, module: Activity) -> Mecha
     block = _everybody(plan, site, module)
     stand = stand_in(plan, module, _NOISE_GENES, block.noise_multiplier)
     patients = canary_patients(module, stand.plan, _FEW)
-    if module != "gan":
+    if module not in IMAGES:
         patients = replace(patients, rows=pad(patients.rows, (0, _NOISE_GENES - _FEW)))
-    noisy, still = (
-        released(stand, stand.block(patients, block, source)) for source in (SystemRandomness(), Noiseless())
-    )
+    noisy, still = (heard(stand, patients, block, source) for source in (SystemRandomness(), Noiseless()))
     parts = {name: values - still[name] for name, values in noisy.items()}
     ok, finding = _as_charged(parts, block.noise_multiplier * float(step_weights(stand, 1)[0]))
     return MechanismCheck(
@@ -140,9 +124,7 @@ def noise_is_fresh(plan: StudyPlan, site: str, module: Activity) -> MechanismChe
     """Whether two runs of the same task draw noise of their own."""
     block = replace(charge(plan, site, module).mechanism, steps=1)
     stand = _without_start(stand_in(plan, module, _NOISE_GENES, block.noise_multiplier))
-    first, second = (
-        flat(released(stand, stand.block(_nobody(stand, module), block, SystemRandomness()))) for _ in range(2)
-    )
+    first, second = (flat(heard(stand, _nobody(stand, module), block, SystemRandomness())) for _ in range(2))
     lengths = float(first.norm() * second.norm())
     limit = float(norm.isf(_ALARM / 2)) / math.sqrt(len(first))
     alike_by = float(first @ second) / lengths if lengths else 1.0
@@ -160,25 +142,29 @@ def noise_is_fresh(plan: StudyPlan, site: str, module: Activity) -> MechanismChe
 def clipping_binds(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     """Whether adding one patient, however extreme, moves the un-noised sum by at most the clipping norm.
 
-    The sum is measured with and without the patient, beside a few others. A patient of whom the clip leaves a whole norm
-    must be among them: a sum that nobody moves would pass anything.
+    The sum is measured with and without the patient, beside a few others; over images also beside nobody, since there a
+    patient's random numbers may depend on who else was drawn, and sums of the others then differ. A patient of whom the
+    clip leaves a whole norm must be among them: a sum that nobody moves would pass anything.
     """
     stand = _read_off(plan, module, _FEW)
     block = _everybody(plan, site, module)
     cohort = canary_patients(module, plan, _FEW)
     before = _sum(stand, cohort, block)
-    moved = {
-        name: float((_sum(stand, cohort + patient, block) - before).norm())
-        for name, patient in _extremes(module, plan).items()
-    }
+    alone = stand.trained is not None
+    moved, together = {}, float(before.norm())
+    for name, patient in _extremes(module, plan).items():
+        after = _sum(stand, cohort + patient, block)
+        moved[name] = float((_sum(stand, patient, block) if alone else after - before).norm())
+        together = max(together, float(after.norm()))
     worst, furthest = max(moved.items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)
+    bounded = all(distance <= 1 + _TOLERANCE for distance in moved.values()) and together <= _FEW + 1 + _TOLERANCE
     return MechanismCheck(
         id="clipping",
         title="One patient moves the sum by at most the clipping norm",
         module=module,
-        ok=all(distance <= 1 + _TOLERANCE for distance in moved.values()) and furthest >= 1 - 0.01,
+        ok=bounded and furthest >= 1 - 0.01,
         finding=f"Of {len(moved)} extreme patients the one with {worst} moved the sum furthest, by {furthest:.4f} clipping "
-        "norms.",
+        f"norms; beside {_FEW} others the sum's length was {together:.4f} at most.",
     )
 
 
@@ -186,7 +172,7 @@ def patient_counts_once(plan: StudyPlan, site: str, module: Activity) -> Mechani
     """Whether a patient, drawn for certain, adds one clipped contribution however many slices or values there are."""
     stand, block = _read_off(plan, module, _FEW), _everybody(plan, site, module)
     one = alike(module, plan, _FEW, 1)
-    if module == "gan":  # slices that have little in common, so that none can hide behind another
+    if module in IMAGES:  # slices that have little in common, so that none can hide behind another
         other = canary_patients(module, plan, 2)
         one = replace(one, rows=torch.stack([other.rows[0, :, 0], other.rows[1, :, 0]], dim=1)[None])
     length = float(_sum(stand, one, block).norm())
@@ -202,23 +188,34 @@ def patient_counts_once(plan: StudyPlan, site: str, module: Activity) -> Mechani
 def sampling_rate(plan: StudyPlan, site: str, module: Activity, repeats: int = 4) -> MechanismCheck:
     """Whether a step draws patients as often as was charged.
 
-    All patients are alike, so the length of an un-noised sum is the number of those drawn. Twice as many slices as
-    patients drawn one by one would show as twice the number.
+    All patients are alike, so an un-noised sum is as long as the number of those drawn. Twice as many slices as patients
+    drawn one by one would show as twice the number. Where random numbers are a part of a patient's gradient (an
+    interpolate, a latent vector), the sum of everybody tells the mean gradient, and how far others may be from it.
     """
     block = replace(charge(plan, site, module).mechanism, steps=1)
     stand = _read_off(plan, module, _FEW, size=float(_MANY))
-    crowd = alike(module, plan, _FEW, _MANY)
-    draws = [float(_sum(stand, crowd, block, SystemRandomness()).norm()) for _ in range(repeats)]
-    total, patients = sum(draws), repeats * _MANY
+    many = _MANY if stand.trained is None else _MANY_IMAGES
+    crowd = alike(module, plan, _FEW, many)
+    mean = _sum(stand, crowd, replace(block, sample_rate=1.0)) / many
+    share = float(mean.norm())  # 1 where all gradients are the same; a contribution is never longer than 1
+    draws = [
+        float(_sum(stand, crowd, block, SystemRandomness()) @ mean) / share**2 if share else 0.0 for _ in range(repeats)
+    ]
+    total, patients = sum(draws), repeats * many
     low, high = (float(binom.ppf(p, patients, block.sample_rate)) for p in (_ALARM / 2, 1 - _ALARM / 2))
-    whole = all(abs(drawn - round(drawn)) <= 0.1 for drawn in draws)
+    # Each drawn patient counts 1 on average, with a variance of at most 1 / share^2 - 1.
+    unlike = math.sqrt(max(1 / share**2 - 1, 0.0) * high) * float(norm.isf(_ALARM / 2)) if share else 0.0
+    same = share >= 1 - _TOLERANCE
+    whole = not same or all(abs(drawn - round(drawn)) <= 0.1 for drawn in draws)
+    slack = 0.0 if same else unlike
+    least, most = low * (1 - _TOLERANCE) - slack, high * (1 + _TOLERANCE) + slack
     return MechanismCheck(
         id="sampling-rate",
         title="Patients are drawn as often as was charged",
         module=module,
-        ok=whole and low * (1 - _TOLERANCE) <= total <= high * (1 + _TOLERANCE),
+        ok=share > 0 and whole and least <= total <= most,
         finding=f"{repeats} steps drew {total:.0f} of {patients} made-up patients; at the charged rate of "
-        f"{block.sample_rate:.4f} chance alone gives {low:.0f} to {high:.0f}.",
+        f"{block.sample_rate:.4f} chance alone gives {least:.0f} to {most:.0f}.",
     )
 
 
@@ -330,13 +327,16 @@ def progress_is_public(plan: StudyPlan, site: str, module: Activity) -> Mechanis
     """Whether the progress that is sent with a result tells of patients only what the result itself tells.
 
     The same task is run on two cohorts that have nothing in common, with equal draws and equal noise. Of a network over
-    profiles, the progress has to follow from the weights before and after. The GAN's discriminator is made to stand still;
-    then nothing that leaves may differ.
+    profiles, the progress has to follow from the weights before and after. What the GAN trains on patients is made to
+    stand still; then nothing that leaves may differ.
     """
     block = _everybody(plan, site, module)
     stand = stand_in(plan, module, _FEW, block.noise_multiplier)
     if module == "gan":
-        gan = stand.plan.gan.model_copy(update={"learning_rate": 0.0, "discriminator_steps": 1})
+        still = {"learning_rate": 0.0, "discriminator_steps": 1}
+        if stand.plan.gan.generator_is_private:
+            still["generator_learning_rate"] = 0.0
+        gan = stand.plan.gan.model_copy(update=still)
         stand = replace(stand, plan=stand.plan.model_copy(update={"gan": gan}))
     one, two = canary_patients(module, plan, _FEW)[torch.arange(2)], canary_patients(module, plan, _FEW)
     results = [stand.block(patients, block, SeededRandomness(1)) for patients in (one, two[torch.arange(4, _FEW)])]
@@ -344,7 +344,7 @@ def progress_is_public(plan: StudyPlan, site: str, module: Activity) -> Mechanis
         ok = results[0].progress == results[1].progress and all(
             torch.equal(results[0].weights[name], results[1].weights[name]) for name in results[0].weights
         )
-        finding = "With a discriminator that stands still, what leaves is "
+        finding = "With networks that stand still where they see patients, what leaves is "
         finding += "the same for two cohorts." if ok else "NOT the same for two cohorts."
     else:
         told = [dict(result.progress) for result in results]
@@ -383,14 +383,14 @@ def _read_off(plan: StudyPlan, module: Activity, genes: int, size: float = 10.0)
 
 def _nobody(stand: StandIn, module: Activity) -> Patients:
     everyone = canary_patients(module, stand.plan, _FEW)
-    if module != "gan":
+    if module not in IMAGES:
         everyone = replace(everyone, rows=torch.zeros(1, _NOISE_GENES).expand(_FEW, -1))
     return everyone[torch.zeros(0, dtype=torch.int64)]
 
 
 def _sum(stand: StandIn, patients: Patients, block: Mechanism, draws: Randomness | None = None) -> Tensor:
     """The un-noised sum of one step, in clipping norms."""
-    return flat(released(stand, stand.block(patients, block, Noiseless(draws))))
+    return flat(heard(stand, patients, block, Noiseless(draws)))
 
 
 def _extremes(module: Activity, plan: StudyPlan) -> dict[str, Patients]:
@@ -407,9 +407,12 @@ def _extremes(module: Activity, plan: StudyPlan) -> dict[str, Patients]:
 
         return change
 
-    if module == "gan":
+    if module in IMAGES:
+        features = plain.morphology.clone()
+        features[:, 0] = 1e5
         return {
-            "an extreme feature": plain,
+            "nothing extreme": plain,
+            "an extreme feature": replace(plain, morphology=features),
             "values of 60,000": with_rows(lambda rows: rows.float().sign().mul(6e4).half()),
             "an infinite value": with_rows(one_value(math.inf)),
             "a value that is no number": with_rows(one_value(math.nan)),

@@ -7,6 +7,12 @@ guarantee of privacy holds for whatever weights a coordinator sends, so also for
 Adam divides by the root of a mean square plus 1e-8. Where gradients are far below that, its steps are proportional to
 them, and what a step released can be read off the weights. The divisor of a step (the expected batch) is public and
 changes no epsilon, so it may be large enough for that.
+
+The GAN of the default options is read off its optimiser's first moments (`_gan`). For all its other options and for the
+translation (`_images`) the networks start from generic weights, in the midst of growth where there is any, and step by plain
+gradient descent: an optimiser, a schedule and a projection of weights see only what is noised already. What every weight
+moved by is then what was released, for the private part and a public one together; the public part is known from a run
+without patients and without noise on the same fakes (`heard`).
 """
 
 from __future__ import annotations
@@ -15,18 +21,21 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsynth.domains import source_and_target
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import Randomness
 from fedsynth.models.dcgan import Discriminator, initialise
 from fedsynth.models.gene_autoencoder import make_autoencoder
-from fedsynth.models.images import make_discriminator, make_generator
+from fedsynth.models.growth import active_parameters, stage_at
+from fedsynth.models.images import make_companion, make_discriminator, make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn
-from fedsynth.plan import Activity, LabelPlan, SiteEvaluationPlan, StudyPlan
+from fedsynth.plan import Activity, GanPlan, LabelPlan, SiteEvaluationPlan, StudyPlan, TrainingPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth_client.training import adversarial, profiles, statistic
+from fedsynth.translation import make_networks
+from fedsynth_client.training import adversarial, profiles, statistic, translation
 from fedsynth_client.training.adversarial import ImagePatients
 from fedsynth_client.training.block import BlockResult
 
@@ -52,6 +61,10 @@ _FEATURES = [
 # The discriminator starts by taking everything for fake, so surely that a fake's gradient, which is added without noise,
 # is nothing beside a real one's.
 _SURELY_FAKE = -60.0
+# Of the stand-ins over images: a clip that nearly every patient's gradient is far above, so that each part of it that a
+# fault leaves out of the clip shows; few fakes, whose gradient is beside it; a learning rate of 1, for one step.
+_CLIP, _BATCH = 1e-2, 4
+_STEPS_A_RESOLUTION = 1000
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,11 @@ class StandIn:
         weights: what the coordinator would send.
         local: what the site would keep (a discriminator).
         unit: by what a change of the weights after one step is multiplied to give the sum that the step released; for
-            the GAN, by what the first moment of the discriminator's optimiser is.
+            the GAN of default options, by what the first moment of the discriminator's optimiser is.
+        momentum: of gradient descent, which steps of a network over profiles are; None of Adam.
+        first_step: number of a block's first step, of which growth depends.
+        trained: the parameters that are privately trained, of what is released and, after "model/", of what is kept; None
+            of any stand-in but one over images.
     """
 
     module: Activity
@@ -100,13 +117,16 @@ class StandIn:
     weights: State
     local: State
     unit: float
+    momentum: float | None = None
+    first_step: int = 0
+    trained: frozenset[str] | None = None
 
     def block(
         self, patients: Patients, mechanism: Mechanism, randomness: Randomness, local: State | None = None
     ) -> BlockResult:
         """One block of the client's own training of the module."""
         kept = self.local if local is None else local
-        return run_block(self.plan, self.module, self.weights, kept, patients, mechanism, randomness)
+        return run_block(self.plan, self.module, self.weights, kept, patients, mechanism, randomness, self.first_step)
 
 
 def run_block(
@@ -117,6 +137,7 @@ def run_block(
     patients: Patients,
     mechanism: Mechanism,
     randomness: Randomness,
+    first_step: int = 0,
 ) -> BlockResult:
     """The client's training of `module`, as `fedsynth_client.rounds` calls it.
 
@@ -134,7 +155,10 @@ def run_block(
         case "gan":
             images = ImagePatients(patients.rows, patients.morphology, patients.labels)
             pool = SyntheticProfiles(torch.zeros(1, 2), torch.full((1, len(_FEATURES)), 0.5), torch.zeros(1).long())
-            return adversarial.train_gan(plan, weights, local, pool, images, mechanism, randomness)
+            return adversarial.train_gan(plan, weights, local, pool, images, mechanism, randomness, first_step)
+        case "translation":
+            domains = source_and_target(plan, patients.rows)
+            return translation.train_translation(plan, weights, local, domains, mechanism, randomness, first_step)
 
 
 def max_norm(plan: StudyPlan, module: Activity) -> float:
@@ -156,9 +180,44 @@ def stand_in(plan: StudyPlan, module: Activity, genes: int, noise: float) -> Sta
         return _autoencoder(plan, genes, noise)
     if module == "radiogenomics":
         return _radiogenomics(plan, genes, noise)
-    if module == "gan":
+    if module == "gan" and has_default_options(plan.gan):
         return _gan(plan, plan.gan.max_grad_norm)
+    if module in IMAGES:
+        return images(plan, module)
     return StandIn(module, plan, {}, {}, 1.0)
+
+
+# The modules whose patients are slices.
+IMAGES: tuple[Activity, ...] = ("gan", "translation")
+
+
+def has_default_options(gan: GanPlan) -> bool:
+    """Whether the GAN can be read off the first moments of its discriminator's optimiser, all else being nothing."""
+    adversarial_only = not gan.generator_is_private and gan.lipschitz == "none"
+    plain = gan.architecture == "dcgan" and not gan.spectral_norm and gan.optimizer == "adam"
+    return plain and adversarial_only and gan.loss == "bce" and gan.schedule == "constant"
+
+
+def images(plan: StudyPlan, module: Activity, rate: float = 1.0, clip: float = _CLIP) -> StandIn:
+    """The stand-in of a module over images that steps by gradient descent, see the module's docstring.
+
+    Args:
+        plan: the plan that is audited.
+        module: ``"gan"`` or ``"translation"``.
+        rate: the learning rate. 1 leaves the most digits after one step; more steps need a small one, since the public
+            part depends on the weights.
+        clip: the clipping norm.
+    """
+    return _translation(plan, rate, clip) if module == "translation" else _general_gan(plan, rate, clip)
+
+
+def for_many_steps(stand: StandIn) -> StandIn:
+    """The stand-in for a block of several steps.
+
+    Over images its public part, which depends on the weights, must not move with the noise: the learning rate is small, and
+    the clipping norm large, so that the weights still move by many of their last digits. A patient's gradient is below it.
+    """
+    return stand if stand.trained is None else images(stand.plan, stand.module, 2.0**-20, 100.0)
 
 
 def proportional_gan(plan: StudyPlan, noise: float) -> StandIn:
@@ -177,11 +236,14 @@ def canary_patients(module: Activity, plan: StudyPlan, count: int) -> Patients:
 
     Statistics: each has a coordinate of its own. Networks over profiles: each expresses one gene, and that far beyond any
     real patient. GAN: each has one bright patch, in its own place and channel and of its own pattern, and one extreme
-    feature of morphology.
+    feature of morphology, where that makes its gradient longer than any other; in the translation, no tumour on the
+    first slice and its own on the second.
     """
     labels = torch.zeros(count, dtype=torch.int64)
     if module == "gan":
-        return _image_canaries(count, labels)
+        return _image_canaries(count, labels, _HUGE if has_default_options(plan.gan) else 1.0)
+    if module == "translation":
+        return _with_and_without_tumour(_image_canaries(count, labels, 1.0))
     scale = 10 * max_norm(plan, module) * (count if module == "autoencoder" else _HUGE)
     return Patients(torch.eye(count) * scale, torch.zeros(count, 1), labels)
 
@@ -198,6 +260,8 @@ def released(stand: StandIn, result: BlockResult) -> State:
     step s released, see `step_weights`.
     """
     norm = max_norm(stand.plan, stand.module)
+    if stand.trained is not None:
+        return {name: change * stand.unit / norm for name, change in _changes(stand, result).items()}
     if stand.module == "gan":
         moments = {name: t for name, t in result.local.items() if name.startswith("exp_avg/")}
         return {name.removeprefix("exp_avg/"): t.double() * stand.unit / norm for name, t in moments.items()}
@@ -211,6 +275,70 @@ def released(stand: StandIn, result: BlockResult) -> State:
     }
 
 
+def _changes(stand: StandIn, result: BlockResult) -> State:
+    """Weights before minus after, of what was sent and of what is kept: of all that trains, and whatever else moved."""
+    assert stand.trained is not None
+    before = {**stand.weights, **stand.local}
+    after = {**result.weights, **{name: t for name, t in result.local.items() if name.startswith("model/")}}
+    changes = {name: start.double() - after[name].double() for name, start in before.items()}
+    # Buffers follow the weights: the vectors of a spectral norm are no parameters.
+    return {
+        name: change
+        for name, change in changes.items()
+        if name in stand.trained or (bool(change.any()) and not name.endswith(("._u", "._v")))
+    }
+
+
+class SameFakes:
+    """Randomness with known seeds of public streams, so that two runs see the same fakes; else that of `source`.
+
+    A block draws a seed as a single value; no stand-in has a single patient to draw at a rate below 1.
+    """
+
+    def __init__(self, source: Randomness) -> None:
+        self._source = source
+        self.private, self.description = source.private, source.description
+
+    def uniform(self, count: int) -> Tensor:
+        """Zero for a seed, else what the source gives."""
+        return torch.zeros(count, dtype=torch.float64) if count == 1 else self._source.uniform(count)
+
+    def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
+        """What the source gives."""
+        return self._source.normal(shape, std)
+
+
+class Noiseless:
+    """Adds nothing, so that what is released is the sum itself; who is drawn is left to `draws`, or everybody is."""
+
+    private = False
+    description = "no noise"
+
+    def __init__(self, draws: Randomness | None = None) -> None:
+        self._draws = draws
+
+    def uniform(self, count: int) -> Tensor:
+        """Zeros, with which everybody is drawn; or what `draws` gives."""
+        return torch.zeros(count, dtype=torch.float64) if self._draws is None else self._draws.uniform(count)
+
+    def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
+        """Zeros."""
+        return torch.zeros(tuple(shape))
+
+
+def heard(stand: StandIn, patients: Patients, mechanism: Mechanism, randomness: Randomness) -> State:
+    """What a block released of patients and noise, by parameter, in clipping norms; see `released`."""
+    if stand.trained is None:
+        return released(stand, stand.block(patients, mechanism, randomness))
+    nobody = patients[torch.zeros(0, dtype=torch.int64)]
+    whole, public = (
+        released(stand, stand.block(whose, mechanism, SameFakes(source)))
+        for whose, source in ((patients, randomness), (nobody, Noiseless()))
+    )
+    zero = torch.zeros((), dtype=torch.float64)
+    return {name: whole.get(name, zero) - public.get(name, zero) for name in {**whole, **public}}
+
+
 def flat(state: State) -> Tensor:
     """All values of a state dict in a row, in the order of names."""
     return torch.cat([state[name].flatten() for name in sorted(state)])
@@ -218,14 +346,24 @@ def flat(state: State) -> Tensor:
 
 def step_weights(stand: StandIn, steps: int) -> Tensor:
     """(steps,) by what the noise of each step of a block is weighed in what `released` reads off."""
+    if stand.trained is not None:
+        return torch.ones(steps, dtype=torch.float64)
     if stand.module == "gan":  # the first moment itself, whose memory is 0.5
         return 0.5 ** torch.arange(steps - 1, -1, -1, dtype=torch.float64)
     if not stand.weights:
         return torch.ones(steps, dtype=torch.float64)
+    if stand.momentum is not None:
+        return _sums_of_powers(stand.momentum, steps)
     # Adam's corrected first moments, memory 0.9, summed over the steps.
     memory, times = 0.9, torch.arange(1, steps + 1, dtype=torch.float64)
     moved = (1 - memory) * memory ** (times[None, :] - times[:, None]) / (1 - memory ** times[None, :])
     return torch.where(times[None, :] >= times[:, None], moved, 0.0).sum(1)
+
+
+def _sums_of_powers(momentum: float, steps: int) -> Tensor:
+    """(steps,) how often a step's gradient is in the sum of the velocities up to the last: 1 + m + m^2 + ..."""
+    powers = momentum ** torch.arange(steps, dtype=torch.float64)
+    return powers.cumsum(0).flip(0)
 
 
 def _over_profiles(plan: StudyPlan, genes: int) -> StudyPlan:
@@ -236,15 +374,27 @@ def _over_profiles(plan: StudyPlan, genes: int) -> StudyPlan:
     return plan.model_copy(update={"genes": panel, "morphology": morphology})
 
 
-def _scaled(clip: float, noise: float) -> tuple[dict[str, float], float]:
-    """Expected batch and learning rate that make Adam proportional, and the unit of `StandIn`."""
+def _scaled(section: TrainingPlan, noise: float) -> tuple[dict[str, float | str], float]:
+    """Expected batch and learning rate with which steps are proportional to gradients, and the unit of `StandIn`.
+
+    Gradient descent is so at any scale; Adam far below its epsilon. A schedule only weighs what is noised already.
+    """
+    clip, constant = section.max_grad_norm, {"schedule": "constant"}
+    if section.optimizer == "sgd":
+        batch = section.expected_batch
+        rate = _DRIFT * batch / (noise * clip)
+        return {**constant, "learning_rate": rate}, batch / rate
     batch = math.ceil(noise * clip / (_SMALL * ADAM_EPSILON))
     rate = _DRIFT / _SMALL
-    return {"expected_batch": batch, "learning_rate": rate}, ADAM_EPSILON * batch / rate
+    return {**constant, "expected_batch": batch, "learning_rate": rate}, ADAM_EPSILON * batch / rate
+
+
+def _momentum(section: TrainingPlan) -> float | None:
+    return section.momentum if section.optimizer == "sgd" else None
 
 
 def _autoencoder(plan: StudyPlan, genes: int, noise: float) -> StandIn:
-    scaled, unit = _scaled(plan.autoencoder.max_grad_norm, noise)
+    scaled, unit = _scaled(plan.autoencoder, noise)
     section = plan.autoencoder.model_copy(
         update={**scaled, "hidden": [4], "latent_dim": 1, "activation": "tanh", "variational": True}
     )
@@ -252,19 +402,28 @@ def _autoencoder(plan: StudyPlan, genes: int, noise: float) -> StandIn:
     weights = {name: torch.zeros_like(tensor) for name, tensor in make_autoencoder(small).state_dict().items()}
     # The last layer is 0, so nothing is learned before it, and what is learned in it is a row for each gene.
     weights["decoder.0.bias"].fill_(2.0)
-    return StandIn("autoencoder", small, weights, {}, unit)
+    return StandIn("autoencoder", small, weights, {}, unit, _momentum(section))
 
 
 def _radiogenomics(plan: StudyPlan, genes: int, noise: float) -> StandIn:
-    scaled, unit = _scaled(plan.radiogenomics.max_grad_norm, noise)
-    section = plan.radiogenomics.model_copy(update={**scaled, "hidden": [4], "dropout": 0.0})
+    scaled, unit = _scaled(plan.radiogenomics, noise)
+    section = plan.radiogenomics.model_copy(
+        update={
+            **scaled,
+            "hidden": [4],
+            "dropout": 0.0,
+            # A projection of what is noised already; it would hide half of the noise.
+            "nonnegative_output": False,
+            "nonnegative_weights": False,
+        }
+    )
     autoencoder = plan.autoencoder.model_copy(update={"activation": "tanh"})
     small = _over_profiles(plan, genes).model_copy(update={"radiogenomics": section, "autoencoder": autoencoder})
     weights = {name: torch.zeros_like(tensor) for name, tensor in make_radiogenomic_dnn(small).state_dict().items()}
     # The first layer is 0, so a gene of `_HUGE` does not saturate it, and its column is nearly the whole gradient.
     weights["hidden.0.bias"].fill_(0.5)
     weights["morphology.weight"].fill_(1.0)
-    return StandIn("radiogenomics", small, weights, {}, unit)
+    return StandIn("radiogenomics", small, weights, {}, unit, _momentum(section))
 
 
 def _gan(plan: StudyPlan, clip: float) -> StandIn:
@@ -307,7 +466,108 @@ def _gan(plan: StudyPlan, clip: float) -> StandIn:
     return StandIn("gan", small, shared.state_dict(), local, 2.0 * section.expected_batch)
 
 
-def _image_canaries(count: int, labels: Tensor) -> Patients:
+_OPTIMISER = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant"}
+_OTHER_OPTIONS = {
+    "latent_dim": 2,
+    "generator_width": 2,
+    "discriminator_width": _WIDTH,
+    "generator_batch": 2,
+    "discriminator_steps": 1,
+    "discriminator_trains": "all",
+    "generator_trains": "all",
+    "augmentation": [],
+    "weight_clip": 1e6,  # a projection of what is noised already
+}
+
+
+def _general_gan(plan: StudyPlan, rate: float, clip: float) -> StandIn:
+    growth = {
+        "growth": [1] * 3,  # 8, 16 and 32 pixels
+        "rounds": 3,
+        "steps_per_round": _STEPS_A_RESOLUTION,
+    }
+    section = plan.gan.model_copy(
+        update={
+            **_OTHER_OPTIONS,
+            **_OPTIMISER,
+            **(growth if plan.gan.growth else {}),
+            "max_grad_norm": clip,
+            "expected_batch": _BATCH,
+            "learning_rate": rate,
+            # A generator that sees no patient is to stand still, so that the fakes are the same in two runs.
+            "generator_learning_rate": rate if plan.gan.generator_is_private else 0.0,
+        }
+    )
+    small = _over_images(plan, ["T1", "T1c", "FLAIR"]).model_copy(update={"gan": section})
+    # In the midst of the last fade-in, where a step uses more parameters than anywhere else.
+    first_step = round((2 + section.fade_in / 2) * _STEPS_A_RESOLUTION) if section.growth else 0
+    stage = stage_at(small, first_step)
+    generator = torch.Generator().manual_seed(0)
+    shared, kept = make_generator(small), make_companion(small)
+    _generic(shared, generator)
+    _generic(kept, generator)
+    trained = [f"model/{name}" for name in active_parameters(kept, stage)]
+    if section.generator_is_private:
+        trained += active_parameters(shared, stage)
+    return StandIn(
+        "gan",
+        small,
+        {name: tensor.clone() for name, tensor in shared.state_dict().items()},
+        {f"model/{name}": tensor.clone() for name, tensor in kept.state_dict().items()},
+        _BATCH / rate,
+        first_step=first_step,
+        trained=frozenset(trained),
+    )
+
+
+def _translation(plan: StudyPlan, rate: float, clip: float) -> StandIn:
+    assert plan.translation is not None
+    section = plan.translation.model_copy(
+        update={**_OPTIMISER, "width": 2, "max_grad_norm": clip, "expected_batch": _BATCH, "learning_rate": rate}
+    )
+    ends = [section.source, section.target] if section.domains == "sequences" else ["T1", "T1c"]
+    small = _over_images(plan, [*ends, "third"]).model_copy(update={"translation": section})
+    networks = make_networks(small)
+    _generic(networks, torch.Generator().manual_seed(0))
+    shared, kept = networks["translators"], networks["discriminators"]
+    return StandIn(
+        "translation",
+        small,
+        {name: tensor.clone() for name, tensor in shared.state_dict().items()},
+        {f"model/{name}": tensor.clone() for name, tensor in kept.state_dict().items()},
+        _BATCH / rate,
+        trained=frozenset(
+            [*dict(shared.named_parameters()), *(f"model/{name}" for name in dict(kept.named_parameters()))]
+        ),
+    )
+
+
+def _over_images(plan: StudyPlan, sequences: list[str]) -> StudyPlan:
+    return plan.model_copy(
+        update={
+            "image": plan.image.model_copy(update={"sequences": sequences, "size": _SIZE, "slices": _SLICES}),
+            "morphology": plan.morphology.model_copy(update={"features": _FEATURES, "reference_sd": []}),
+            "label": LabelPlan(),
+        }
+    )
+
+
+def _generic(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights of which none is 0 and no two are alike, so that every part of a gradient is there."""
+    initialise(model, generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def _with_and_without_tumour(patients: Patients) -> Patients:
+    rows = patients.rows.clone()
+    rows[:, -1] = -1.0
+    rows[:, -1, 1, :4, :4] = 1.0
+    return replace(patients, rows=rows)
+
+
+def _image_canaries(count: int, labels: Tensor, feature: float) -> Patients:
     channels, side = 4, 4
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randint(0, 2, (count, side, side), generator=generator) * 2.0 - 1
@@ -318,6 +578,6 @@ def _image_canaries(count: int, labels: Tensor) -> Patients:
         row, column = side * (place // places), side * (place % places)
         images[i, channel, row : row + side, column : column + side] = patterns[i]
     morphology = torch.full((count, len(_FEATURES)), 0.5)
-    morphology[torch.arange(count), torch.arange(count) % len(_FEATURES)] = _HUGE
+    morphology[torch.arange(count), torch.arange(count) % len(_FEATURES)] = feature
     slices = images[:, :, None].expand(-1, -1, _SLICES, -1, -1).to(torch.float16)
     return Patients(slices, morphology, labels)
