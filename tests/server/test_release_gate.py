@@ -791,3 +791,68 @@ def test_a_release_from_before_the_gate_verifies_with_a_warning(
     result = verify(old)
     assert result.ok
     assert any("made before there was a gate" in warning for warning in result.warnings)
+
+
+def without_privacy(plan: StudyPlan, statement: PrivacyStatement, **changes: Any) -> dict[str, Any]:
+    """The same study without privacy: plan, statement, and no audit, since nothing could be audited."""
+    endless = float("inf")
+    bare = plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"epsilon": endless}), **changes})
+    sites = [
+        site.model_copy(
+            update={
+                "epsilon": endless,
+                "epsilon_lifetime": endless,
+                "mechanisms": [
+                    each.model_copy(update={"noise_multiplier": 0.0, "epsilon_alone": endless})
+                    for each in site.mechanisms
+                ],
+            }
+        )
+        for site in statement.sites
+    ]
+    budget = bare.site_evaluation.epsilon if bare.site_evaluation else None
+    told = {
+        "plan_digest": bare.digest,
+        "private": False,
+        "epsilon_budget": endless,
+        "holdout_epsilon_budget": budget,
+        "sites": sites,
+    }
+    stated = PrivacyStatement.model_validate_json(statement.model_copy(update=told).model_dump_json())
+    return {"plan": bare, "statement": stated, "audit": None}
+
+
+def test_a_study_without_privacy_is_refused_in_its_own_words(
+    quick: Make, tmp_path: Path, release_plan: StudyPlan, release_statement: PrivacyStatement, release_attacks: Attacks
+) -> None:
+    bare = without_privacy(release_plan, release_statement)
+    attacks = release_attacks.model_copy(update={"plan_digest": bare["plan"].digest})
+    failed = refused(quick, tmp_path / "out", **bare, attacks=attacks)
+    assert set(failed) == {"privacy"}  # attacks at chance say nothing of a guarantee that is not there
+    assert "trained without privacy" in failed["privacy"].finding
+    assert "simulated or public patients" in failed["privacy"].remedy
+    answered = OverrideRequest("Public patients: a reproduction.", "maintainer", ("privacy",))
+    assert verify(quick(tmp_path / "answered", **bare, attacks=attacks, override=answered)).ok
+
+
+def test_a_seed_and_an_evaluation_of_a_study_without_privacy_are_judged_as_ever(
+    quick: Make, tmp_path: Path, release_plan: StudyPlan, release_statement: PrivacyStatement
+) -> None:
+    seeded = release_plan.privacy.model_copy(update={"reproducible_seed": 3})
+    both = without_privacy(release_plan.model_copy(update={"privacy": seeded}), release_statement)
+    assert {"privacy", "private"} <= set(refused(quick, tmp_path / "out", **both))
+    # Held-out patients were promised noise, and that promise is audited.
+    evaluating = without_privacy(release_plan, release_statement, site_evaluation=SiteEvaluationPlan(epsilon=2.0))
+    assert "No audit" in refused(quick, tmp_path / "evaluating", **evaluating)["audit"].finding
+
+
+def test_a_private_study_cannot_state_a_mechanism_without_noise(
+    quick: Make, tmp_path: Path, release_statement: PrivacyStatement
+) -> None:
+    site = release_statement.sites[0]
+    silent = site.mechanisms[0].model_copy(update={"noise_multiplier": 0.0})
+    sites = [site.model_copy(update={"mechanisms": [silent, *site.mechanisms[1:]]}), *release_statement.sites[1:]]
+    with pytest.raises(Refused, match="its mechanisms cost epsilon inf"):
+        quick(tmp_path / "out", statement=release_statement.model_copy(update={"sites": sites}))
+    with pytest.raises(ValueError, match="an infinite epsilon protects nobody"):
+        PrivacyStatement.model_validate(release_statement.model_dump() | {"epsilon_budget": None})

@@ -803,3 +803,29 @@ def test_a_release_holds_report_and_datasheet_over_its_evidence(made: Path) -> N
     assert "checks that were asked for held" in page.text
     sheet = (made / "DATASHEET.md").read_text(encoding="utf-8")
     assert "## Motivation" in sheet and "checks that were asked for held" in sheet
+
+
+def test_a_study_without_privacy_shows_no_bound_that_nothing_permits(
+    report: Callable[..., str], release_plan: StudyPlan, release_statement: PrivacyStatement
+) -> None:
+    endless = float("inf")
+    bare = release_plan.model_copy(update={"privacy": release_plan.privacy.model_copy(update={"epsilon": endless})})
+    sites = [
+        site.model_copy(update={"epsilon": endless, "epsilon_lifetime": endless}) for site in release_statement.sites
+    ]
+    told = {"plan_digest": bare.digest, "private": False, "epsilon_budget": endless, "sites": sites}
+    stated = release_statement.model_copy(update=told)
+    strong = membership("planted", (0.97, 0.95, 0.99), bound=11.0)
+    source = report(
+        plan=bare,
+        statement=stated,
+        audit=None,
+        gate=gate(bare),
+        attacks=attacks(bare, membership=[membership(), strong]),
+        site_evaluation=site_evaluation(bare),
+    )
+    page = Page(source)
+    assert page.text.index("NOT PRIVATE: a study without privacy") < page.text.index("For clinicians")
+    assert "This study protects nobody." in page.text
+    assert "The claim is refuted" not in page.text  # nothing was claimed
+    assert not re.search(r"\bnan\b", re.sub(r"data:image/png;base64,[^\"]*", "", source))
