@@ -51,7 +51,7 @@ def detection(volumes: Columns[Volumes], holdout: Volumes, rng: np.random.Genera
     }
     figures = []
     for name, learner, metric in (
-        ("network", _network(rng), "AUC, synthetic images told from real: network"),
+        ("network", network_detector(rng), "AUC, synthetic images told from real: network"),
         ("spectrum", _spectrum, "AUC, synthetic images told from real: frequencies"),
     ):
         scores = _scores(volumes, holdout, learner, rng)
@@ -126,7 +126,9 @@ def _by_patient(detect: Detector, volumes: Volumes) -> NDArray[np.float64]:
     return np.array(scores)
 
 
-def _network(rng: np.random.Generator) -> Learner:
+def network_detector(rng: np.random.Generator) -> Learner:
+    """How a small convolutional network learns to score slices; its weights and batches follow from `rng`."""
+
     def learn(images: NDArray[np.float32], targets: NDArray[np.float32]) -> Detector:
         network = fit(
             lambda: SliceClassifier(images.shape[1]),

@@ -39,7 +39,7 @@ _TCGA_LGG = (
     "clinical.tsv (TCGA-LGG with the segmentations of Buda et al. 2019)."
 )
 # Of the simulated cohort: enough for a test, few enough for seconds.
-_SIMULATED = {"site-a": 16, "site-b": 16, "site-c": 16, "test": 20}
+_SIMULATED = {"site-a": 10, "site-b": 10, "site-c": 10, "test": 12}
 _SIMULATED_SLICES = 4
 _HOLDOUT = 0.25  # of few patients
 
@@ -232,10 +232,16 @@ def _sources(folder: Path, beside: Path) -> Path:
 
 
 def _simulated(experiment: Experiment, image: Mapping[str, object]) -> ImageData:
+    return simulated_images(image, experiment.spec.seed)
+
+
+def simulated_images(image: Mapping[str, object], seed: int, scale: int = 1) -> ImageData:
+    """Public simulated patients; `scale` times as many as a test needs."""
     defaults = {"sequences": ["T1c"], "size": 32, "slices": _SIMULATED_SLICES, "slice_spacing_mm": 20.0}
     plan = _preparation_plan(_image_plan(image, defaults))
-    total = sum(_SIMULATED.values())
-    drawn = public_cohort(plan, total, np.random.default_rng(experiment.spec.seed), Anatomy.load())
+    sizes = {name: scale * count for name, count in _SIMULATED.items()}
+    total = sum(sizes.values())
+    drawn = public_cohort(plan, total, np.random.default_rng(seed), Anatomy.load())
     whole = Patients(
         drawn.images,
         drawn.masks,
@@ -243,10 +249,10 @@ def _simulated(experiment: Experiment, image: Mapping[str, object]) -> ImageData
         np.full((total, 1), np.nan, dtype=np.float32),
         drawn.labels,
     )
-    starts = np.cumsum([0, *_SIMULATED.values()])
+    starts = np.cumsum([0, *sizes.values()])
     parts = {
         name: _rows(whole, slice(int(low), int(high)))
-        for name, low, high in zip(_SIMULATED, starts, starts[1:], strict=False)
+        for name, low, high in zip(sizes, starts, starts[1:], strict=False)
     }
     test = parts.pop("test")
     return ImageData(

@@ -9,17 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
 from fedsynth.errors import UsageError
-from fedsynth.files import read_json
 from fedsynth.models.growth import Stage
 from fedsynth.models.images import make_generator
 from fedsynth.plan import StudyPlan
 from fedsynth.records import State
 from fedsynth_simulations.experiments.rendering import write_grid
-from fedsynth_simulations.experiments.run import Kept
-from fedsynth_simulations.experiments.training import code, plan_from, trained_from
+from fedsynth_simulations.experiments.training import code, trained_in
 
 _CHUNK = 64
 
@@ -85,18 +82,10 @@ def draw_from_run(run: Path, column: str, label: str, count: int, seed: int, out
     Raises:
         UsageError: ``result_missing``, ``column_unknown``, ``label_unknown``.
     """
-    facts = {path.parent: read_json(path)["facts"] for path in sorted(run.glob("parts/*/facts.json"))}
-    trained = {found["column"]: (folder, found) for folder, found in facts.items() if "plan" in found}
-    if not trained:
-        raise UsageError("result_missing", f"There is no trained generator in {run}.")
-    chosen = column or next(iter(trained))
-    if chosen not in trained:
-        raise UsageError("column_unknown", f"The run has no column {chosen!r}.", f"Known: {', '.join(trained)}.")
-    folder, found = trained[chosen]
-    plan = plan_from(found["plan"])
+    trained = trained_in(run, column)
+    plan = trained.plan
     if label and label not in plan.label.classes:
         raise UsageError("label_unknown", f"There is no class {label!r}.", f"Known: {', '.join(plan.label.classes)}.")
-    state = trained_from(plan, Kept(load_file(folder / "arrays.safetensors"), found)).generator
     labels = np.full(count, plan.label.classes.index(label)) if label else np.sort(even_labels(plan, count))
-    planes = draw(plan, state, labels, seed).images[:, 0]
+    planes = draw(plan, trained.generator, labels, seed).images[:, 0]
     write_grid(out, planes, math.ceil(math.sqrt(count)))

@@ -107,7 +107,7 @@ class Experiment:
         say(f"{name}: at work")
         made = make()
         where.mkdir(parents=True, exist_ok=True)
-        contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in made.arrays.items()}
+        contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in made.arrays.items()}
         write_atomic(where / "arrays.safetensors", save(contiguous))
         facts = made.facts | {"seconds": round(time.monotonic() - started, 1)}
         # Written last: without it the folder is not taken up.

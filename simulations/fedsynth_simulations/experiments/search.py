@@ -12,7 +12,7 @@ from fedsynth.metrics.domain_extractor import extract
 from fedsynth.metrics.frechet import frechet_distance
 from fedsynth.plan import Count, Section
 from fedsynth_simulations.experiments.bench import Bench, Measured
-from fedsynth_simulations.experiments.data import load_images
+from fedsynth_simulations.experiments.data import simulated_images
 from fedsynth_simulations.experiments.drawing import draw, even_labels
 from fedsynth_simulations.experiments.measures.fidelity import domain_network
 from fedsynth_simulations.experiments.run import Experiment
@@ -30,6 +30,7 @@ class Search(Section):
         random_trials: how many.
         rounds: of each trial.
         drawn: synthetic slices that a trial is judged by.
+        scale: how many times the public simulated patients of a test are drawn.
     """
 
     grid: dict[str, list[Any]] = Field(default={})
@@ -37,6 +38,7 @@ class Search(Section):
     random_trials: Annotated[int, Field(ge=0)] = 0
     rounds: Count = 5
     drawn: Count = 300
+    scale: Count = 3
 
 
 def searched(experiment: Experiment, search: Search) -> tuple[Experiment, Measured]:
@@ -51,7 +53,8 @@ def searched(experiment: Experiment, search: Search) -> tuple[Experiment, Measur
         experiment.out,
         experiment.quick,
     )
-    data = load_images(public, {})
+    # Anything but the experiment's own seed: where those are simulated, too, they must be other patients.
+    data = simulated_images({}, public.spec.seed + 1000, search.scale)
     trials = _trials(search, np.random.default_rng([public.spec.seed, 20]))
     bench = Bench(public, data, {}, {}, 150, 1)
     network = domain_network(bench)

@@ -6,16 +6,21 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import tomli_w
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.dp.randomness import SeededRandomness
+from fedsynth.errors import UsageError
+from fedsynth.files import read_json
 from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.dcgan import initialise
 from fedsynth.models.images import make_companion, make_generator
-from fedsynth.plan import AggregationPlan, GanPlan, MorphologyPlan, Section, StudyPlan
+from fedsynth.plan import MorphologyPlan, Section, StudyPlan
 from fedsynth.progress import say
 from fedsynth.recommend import PublicStarts
 from fedsynth.records import State
@@ -68,20 +73,24 @@ def column_plan(experiment: Experiment, column: Column, data: ImageData) -> Stud
     """The study plan of a column: only images are made, and the whole budget is spent on them.
 
     Raises:
-        pydantic.ValidationError: the keys do not fit together.
+        UsageError: ``experiment_invalid``: the keys do not fit together.
     """
     changes = merged(experiment.spec.plan, column.plan)
     sizes = {name: len(site) for name, site in data.at(column.sites or experiment.spec.sites).items()}
     base = _base(sizes)
-    whole = base.model_dump() | {
+    sections: dict[str, dict[str, object]] = {
         "image": data.image.model_dump(),
         "label": data.label.model_dump(),
         "morphology": MorphologyPlan(features=["volume"]).model_dump(),
-        "gan": GanPlan.model_validate({**_GAN, **changes.get("gan", {})}).model_dump(),
+        "gan": {**_GAN, **changes.get("gan", {})},
         "privacy": base.privacy.model_dump() | {"epsilon": column.epsilon} | changes.get("privacy", {}),
-        "aggregation": AggregationPlan.model_validate(changes.get("aggregation", {})).model_dump(),
+        "aggregation": changes.get("aggregation", {}),
     }
-    return images_only(StudyPlan.model_validate(whole))
+    try:
+        return images_only(StudyPlan.model_validate(base.model_dump() | sections))
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors(include_url=False))
+        raise UsageError("experiment_invalid", f"The column {column.name!r} is no plan: {faults}.") from None
 
 
 def images_only(plan: StudyPlan) -> StudyPlan:
@@ -151,6 +160,30 @@ def trained_from(plan: StudyPlan, kept: Kept) -> Trained:
     )
 
 
+def trained_in(run: Path, column: str = "", data: str = "") -> Trained:
+    """A trained column from the folder of a run.
+
+    Args:
+        run: the folder.
+        column: its name; empty for the first that was trained.
+        data: the kind of data that it has to be trained on, where that matters.
+
+    Raises:
+        UsageError: ``result_missing``, ``column_unknown``, ``data_differ``.
+    """
+    parts = [(path.parent, read_json(path)["facts"]) for path in sorted(run.glob("parts/*/facts.json"))]
+    found = {facts["column"]: (folder, facts) for folder, facts in parts if "plan" in facts}
+    if not found:
+        raise UsageError("result_missing", f"There is no trained generator in {run}.")
+    chosen = column or next(iter(found))
+    if chosen not in found:
+        raise UsageError("column_unknown", f"The run {run} has no column {chosen!r}.", f"Known: {', '.join(found)}.")
+    folder, facts = found[chosen]
+    if data and facts["data"] != data:
+        raise UsageError("data_differ", f"The run {run} is of {facts['data']}, not of {data}.")
+    return trained_from(plan_from(facts["plan"]), Kept(load_file(folder / "arrays.safetensors"), facts))
+
+
 def conditions(plan: StudyPlan, generator: torch.Generator) -> SyntheticProfiles:
     """Public conditions to train under: classes in equal parts, no morphology."""
     labels = torch.randperm(_POOL, generator=generator) % len(plan.label.classes)
@@ -210,6 +243,7 @@ def _train(experiment: Experiment, plan: StudyPlan, column: Column, data: ImageD
             "epsilon": spent if math.isfinite(spent) else None,
             "plan": plan_text(plan),
             "column": column.name,
+            "data": experiment.spec.data,
         },
     )
 
