@@ -26,7 +26,7 @@ from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.dp.randomness import Randomness, SeededRandomness, SystemRandomness
 from fedsynth.errors import JobFailed, Refused
 from fedsynth.plan import Activity, StudyPlan
-from fedsynth.records import WEIGHTS, State, check_reply, progress_record, to_record
+from fedsynth.records import WEIGHTS, State, check_reply, progress_of, progress_record, to_record
 from fedsynth_client.auditing.standins import (
     IMAGES,
     Noiseless,
@@ -40,7 +40,7 @@ from fedsynth_client.auditing.standins import (
     stand_in,
     step_weights,
 )
-from fedsynth_client.auditing.wire import PROGRESS
+from fedsynth_client.auditing.wire import told
 from fedsynth_client.ledger import Ledger, Limit, Task
 
 _ALARM = 1e-6
@@ -287,12 +287,13 @@ def closed_list(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     block = _short(charge(plan, site, module).mechanism)
     stand = stand_in(plan, module, _FEW, block.noise_multiplier)
     result = stand.block(canary_patients(module, plan, _FEW), block, SystemRandomness())
-    extra = sorted(set(result.progress) - PROGRESS[module])
+    agreed = told(plan, module)
+    extra = sorted(set(result.progress) - agreed)
     expected = set(result.weights) if not stand.weights else set(stand.weights)
-    own = not extra and set(result.weights) == expected and _passes(module, result.weights, result.progress)
+    own = not extra and set(result.weights) == expected and _passes(plan, module, result.weights, result.progress)
     smuggled = [
-        _passes(module, result.weights, {**dict.fromkeys(PROGRESS[module], 0.0), "real_loss": 0.5}),
-        _passes(module, result.weights, dict.fromkeys(PROGRESS[module], 0.0), more="real_loss"),
+        _passes(plan, module, result.weights, {**dict.fromkeys(agreed, 0.0), "real_loss": 0.5}),
+        _passes(plan, module, result.weights, dict.fromkeys(agreed, 0.0), more="real_loss"),
     ]
     return MechanismCheck(
         id="closed-list",
@@ -305,7 +306,9 @@ def closed_list(plan: StudyPlan, site: str, module: Activity) -> MechanismCheck:
     )
 
 
-def _passes(module: Activity, weights: dict[str, Tensor], progress: dict[str, float], more: str | None = None) -> bool:
+def _passes(
+    plan: StudyPlan, module: Activity, weights: State, progress: dict[str, float], more: str | None = None
+) -> bool:
     from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
     receipt = ConfigRecord({"head": "0" * 64, "epsilon": 1.0, "epsilon_lifetime": 1.0, "steps": 1, "private": True})
@@ -317,7 +320,7 @@ def _passes(module: Activity, weights: dict[str, Tensor], progress: dict[str, fl
     if more is not None:
         records[more] = MetricRecord({more: 0.5})
     try:
-        check_reply(RecordDict(records), module)
+        check_reply(RecordDict(records), module, progress_of(plan, module))
     except JobFailed:
         return False
     return True

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedsynth.auditing.values import MechanismCheck
 from fedsynth.budget import charge, mechanism
+from fedsynth.domains import source_and_target
 from fedsynth.dp.accounting import Mechanism, epsilon
 from fedsynth.dp.randomness import Randomness
 from fedsynth.engines import embedding, moments
@@ -40,14 +41,16 @@ from fedsynth.morphology import FEATURES
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.profiles import profile_model, profile_template
 from fedsynth.records import EVALUATORS, PUBLIC, WEIGHTS, State, from_record, state_digest, task_record, to_record
+from fedsynth.translation import make_networks
 from fedsynth_client import rounds
+from fedsynth_client.auditing.standins import IMAGES
 from fedsynth_client.cohort import Cohort, load_cohort
 from fedsynth_client.evaluation.patients import patients_of
 from fedsynth_client.ledger import Task
 from fedsynth_client.outbox import Outbox
 from fedsynth_client.policy import SitePolicy, save_policy
 from fedsynth_client.site import Site
-from fedsynth_client.training import adversarial, profiles, statistic
+from fedsynth_client.training import adversarial, profiles, statistic, translation
 from fedsynth_client.training.adversarial import ImagePatients
 from fedsynth_client.training.block import BlockResult, public_generator
 
@@ -59,6 +62,7 @@ PROGRESS: dict[Activity, frozenset[str]] = {
     "radiogenomics": frozenset({"update_norm"}),
     "embedding": frozenset(),
     "gan": frozenset({"update_norm", "generator_loss", "fake_score"}),
+    "translation": frozenset({"update_norm"}),
     "evaluation": frozenset(),
 }
 RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
@@ -66,7 +70,15 @@ RECEIPT = frozenset({"head", "epsilon", "epsilon_lifetime", "steps", "private"})
 _PATIENTS, _HELD_OUT, _GENES, _ROUNDS = 12, 4, 8, 2
 _STEPS = 20  # of a round whose answer is computed a second time; its noise is that of a plan of such rounds
 _ALARM = 1e-6
+# What a site keeps of an optimiser's first moments, where the noise is without being divided by second moments.
+_FIRST_MOMENTS = tuple(f"{prefix}{moment}/" for prefix in ("", "moments/") for moment in ("exp_avg", "momentum_buffer"))
 _SAME = 1e-3  # of an update: by what two runs of the same computation may differ
+
+
+def told(plan: StudyPlan, activity: Activity) -> frozenset[str]:
+    """What a reply of `activity` holds beside weights: of a variational autoencoder, which makes no fakes, less."""
+    without_fakes = activity == "gan" and plan.gan.architecture == "vae"
+    return frozenset({"update_norm"}) if without_fakes else PROGRESS[activity]
 
 
 def rounds_are_charged_and_closed(plan: StudyPlan, site: str) -> MechanismCheck:
@@ -77,7 +89,7 @@ def rounds_are_charged_and_closed(plan: StudyPlan, site: str) -> MechanismCheck:
     small, public = _small(plan)
     asked: list[Mechanism] = []
     wrong: list[str] = []
-    answers, told = 0, 0.0
+    answers, spent = 0, 0.0
     with tempfile.TemporaryDirectory() as folder, _site(small, site, Path(folder)) as place:
         for activity in small.activities:
             weights = _weights(small, public, activity)
@@ -87,9 +99,10 @@ def rounds_are_charged_and_closed(plan: StudyPlan, site: str) -> MechanismCheck:
                     expected = epsilon(own, small.privacy.delta, small.privacy.accountant)
                 else:
                     asked.append(mechanism(small, site, activity))
-                    expected = told = epsilon(asked, small.privacy.delta, small.privacy.accountant)
+                    expected = spent = epsilon(asked, small.privacy.delta, small.privacy.accountant)
                 answers += 1
-                found = _answer(place, activity, _task(small, weights, activity, number, site), expected)
+                task = _task(small, weights, activity, number, site)
+                found = _answer(place, activity, task, told(small, activity), expected)
                 wrong += [f"{activity} round {number}: {what}" for what in found]
     return MechanismCheck(
         id="rounds",
@@ -98,7 +111,9 @@ def rounds_are_charged_and_closed(plan: StudyPlan, site: str) -> MechanismCheck:
         ok=not wrong,
         finding=f"A site in miniature answered {answers} rounds: "
         + (
-            f"{'; '.join(wrong)}." if wrong else f"each charged, epsilon {told:.4f} told in the end, nothing else sent."
+            f"{'; '.join(wrong)}."
+            if wrong
+            else f"each charged, epsilon {spent:.4f} told in the end, nothing else sent."
         ),
     )
 
@@ -155,10 +170,17 @@ def _unlike_its_charge(
     expected = _by_hand(plan, site, activity, weights, cohort, rounds._randomness(plan, task))
     found = _answered(place, plan, site, activity, weights, expected.weights)
     pairs = [("what it sent", found, expected.weights, weights.get(WEIGHTS[activity], {}))]
-    if activity == "gan":  # the noise is in what stays at the site: in the first moments of whatever trains there
+    if (
+        activity in IMAGES
+    ):  # there is noise in what stays at the site: in the weights and first moments of whatever trains
         kept = Outbox(place.folder).local_state(task)
-        moments_by_hand = {name: tensor for name, tensor in expected.local.items() if name.startswith("exp_avg/")}
-        pairs.append(("what it kept", kept, moments_by_hand, {}))
+        networks, first = (
+            {name: tensor for name, tensor in expected.local.items() if name.startswith(prefixes)}
+            for prefixes in ("model/", _FIRST_MOMENTS)
+        )
+        pairs.append(("what it kept", kept, networks, _kept_at_first(plan, activity, weights)))
+        if first:  # gradient descent without momentum has none
+            pairs.append(("what it kept of moments", kept, first, {}))
     return [
         f"{what} is not what the charged mechanism gives"
         for what, state, by_hand, start in pairs
@@ -221,6 +243,9 @@ def _by_hand(
         rows = moments.rows(plan, weights[PUBLIC[activity]], genes, morphology, labels)
         return statistic.release_statistic(rows, cost.mechanism, cost.max_grad_norm, randomness)
     slices = rounds.image_slices(whose)
+    if activity == "translation":
+        domains = source_and_target(plan, slices)
+        return translation.train_translation(plan, weights[WEIGHTS[activity]], {}, domains, cost.mechanism, randomness)
     if activity == "embedding":
         rows = embedding.rows(plan, weights[PUBLIC[activity]], slices, morphology, labels)
         return statistic.release_statistic(rows, cost.mechanism, cost.max_grad_norm, randomness)
@@ -230,12 +255,17 @@ def _by_hand(
         start = weights["radiogenomics"]
         return profiles.train_radiogenomics(plan, start, genes, morphology, labels, cost.mechanism, randomness)
     pool = profile_model(plan, weights).draw(rounds._POOL, public_generator(randomness))
-    images, local = ImagePatients(slices, morphology, labels), _discriminator(weights)
-    return adversarial.train_gan(plan, weights[WEIGHTS["gan"]], local, pool, images, cost.mechanism, randomness)
+    patients, local = ImagePatients(slices, morphology, labels), _kept_at_first(plan, activity, weights)
+    return adversarial.train_gan(plan, weights[WEIGHTS["gan"]], local, pool, patients, cost.mechanism, randomness)
 
 
-def _discriminator(weights: Mapping[str, State]) -> State:
-    return {f"model/{name}": tensor for name, tensor in weights["discriminator"].items()}
+def _kept_at_first(plan: StudyPlan, activity: Activity, weights: Mapping[str, State]) -> State:
+    """The networks that stay at a site, as they are before the first round of a module over images."""
+    if activity == "translation":
+        start = dict(make_networks(plan)["discriminators"].state_dict())
+    else:
+        start = weights["discriminator"]
+    return {f"model/{name}": tensor for name, tensor in start.items()}
 
 
 def _apart(state: State, other: State) -> Tensor:
@@ -249,27 +279,27 @@ def _root_mean_square(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def _answer(place: Site, module: Activity, task: RecordDict, expected: float) -> list[str]:
+def _answer(place: Site, module: Activity, task: RecordDict, agreed: frozenset[str], expected: float) -> list[str]:
     """What is wrong with the site's answer."""
     try:
-        return _not_as_agreed(rounds.answer(place, module, task, "the audit"), module, expected)
+        return _not_as_agreed(rounds.answer(place, module, task, "the audit"), module, agreed, expected)
     except FedsynthError as error:
         return [f"it ended with {error.code}"]
 
 
-def _not_as_agreed(reply: RecordDict, module: Activity, expected: float) -> list[str]:
-    """What is wrong with a reply, given the epsilon of all rounds so far."""
+def _not_as_agreed(reply: RecordDict, module: Activity, agreed: frozenset[str], expected: float) -> list[str]:
+    """What is wrong with a reply, given what it may tell and the epsilon of all rounds so far."""
     records = {WEIGHTS[module], "progress", "receipt"}
     if set(reply) != records:
         return [f"it holds {', '.join(sorted(reply))} in place of {', '.join(sorted(records))}"]
     progress, receipt = reply.metric_records["progress"], reply.config_records["receipt"]
     wrong = []
-    if set(progress) != PROGRESS[module] or set(receipt) != RECEIPT:
-        extra = (set(progress) - PROGRESS[module]) | (set(receipt) - RECEIPT)
+    if set(progress) != agreed or set(receipt) != RECEIPT:
+        extra = (set(progress) - agreed) | (set(receipt) - RECEIPT)
         wrong.append(f"{', '.join(sorted(extra)) or 'less than agreed'} is told")
-    told = receipt.get("epsilon")
-    if not isinstance(told, float) or abs(told - expected) > 1e-6 * expected:
-        wrong.append(f"epsilon {told!r} is told where all rounds so far cost {expected:.6f}")
+    spent = receipt.get("epsilon")
+    if not isinstance(spent, float) or abs(spent - expected) > 1e-6 * expected:
+        wrong.append(f"epsilon {spent!r} is told where all rounds so far cost {expected:.6f}")
     return wrong
 
 
@@ -286,6 +316,11 @@ def _small(plan: StudyPlan) -> tuple[StudyPlan, dict[str, State]]:
     values["radiogenomics"] |= {"hidden": [4]}
     values["gan"] |= {"latent_dim": 2, "generator_width": 2, "discriminator_width": 2, "generator_batch": 2}
     values["gan"]["warm_start"] = None
+    if values["gan"]["growth"]:  # from 8 to 32 pixels
+        first, second, *rest = values["gan"]["growth"]
+        values["gan"]["growth"] = [first, second, sum(rest)]
+    if values["translation"] is not None:
+        values["translation"]["width"] = 2
     if values["moments"] is not None:
         values["moments"]["components"] = 2
     if values["embedding"] is not None:
@@ -367,6 +402,8 @@ def _weights(plan: StudyPlan, public: Mapping[str, State], activity: Activity) -
         return {PUBLIC[activity]: public[activity]}
     if activity == "evaluation":
         return {EVALUATORS: site_scores.evaluators_template(plan), **profile_template(plan)}
+    if activity == "translation":
+        return {WEIGHTS[activity]: dict(make_networks(plan)["translators"].state_dict())}
     if activity != "gan":
         network = make_autoencoder(plan) if activity == "autoencoder" else make_radiogenomic_dnn(plan)
         return {WEIGHTS[activity]: network.state_dict()}
