@@ -24,12 +24,15 @@ def new(
     site: Annotated[list[str], typer.Option(help="NAME=PATIENTS, the size that the site declares; repeat.")],
     name: Annotated[str, typer.Option(help="Name of the study: lower-case letters, digits and dashes.")],
     purpose: Annotated[str, typer.Option(help="One sentence for those who approve the plan.")],
-    epsilon: Annotated[float, typer.Option(min=0.01, help="Budget of a patient over the whole study.")] = 10.0,
+    epsilon: Annotated[
+        float, typer.Option(min=0.01, help="Budget of a patient over the whole study; inf is a study without privacy.")
+    ] = 10.0,
     delta: Annotated[float, typer.Option(help="Delta of the budget.")] = 1e-5,
     measure: Annotated[str, typer.Option(help="What expression tables hold: abundance or zscore.")] = "abundance",
     warm_start: Annotated[Path | None, typer.Option(help="Public weights to start the GAN from.")] = None,
 ) -> None:
     """Write a plan with defaults for the sizes given; read and edit it, then check it."""
+    from fedsynth.marks import marks
     from fedsynth.plan import save_plan
     from fedsynth_server.new_plan import new_plan
 
@@ -48,6 +51,8 @@ def new(
 
         raise UsageError("plan_exists", f"{out} is already there.", "Name another file.")
     save_plan(plan, out)
+    for mark in marks(plan.privacy):
+        typer.echo(mark)
     typer.echo(f"Wrote {out}, digest {plan.digest}. Next: fedsynth study check {out}")
 
 

@@ -18,7 +18,9 @@ def simulate(
     ),
     patients: Annotated[int, typer.Option(min=20, help="Patients a simulated hospital.")] = 240,
     synthetic: Annotated[int, typer.Option(min=1, help="Synthetic patients in the release.")] = 150,
-    epsilon: Annotated[float, typer.Option(min=0.01, help="Budget of a patient over the whole study.")] = 10.0,
+    epsilon: Annotated[
+        float, typer.Option(min=0.01, help="Budget of a patient over the whole study; inf is a study without privacy.")
+    ] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of the simulated hospitals (never of the privacy noise).")] = 23,
     site: Annotated[
         list[Path] | None, typer.Option(help="A real site's folder, in place of simulated ones; repeat for each site.")

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 from typer.testing import CliRunner
 
+from fedsynth.countersignature import Statement, sign
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SystemRandomness
 from fedsynth.errors import Refused
 from fedsynth.plan import Module, StudyPlan, save_plan
 from fedsynth.records import check_reply
+from fedsynth.statement import PrivacyStatement, SiteStatement
 from fedsynth_client.account import account, render
 from fedsynth_client.audit import audit
 from fedsynth_client.cli import app
+from fedsynth_client.countersign import _ledger_agrees
 from fedsynth_client.dry_run import dry_run
 from fedsynth_client.dry_run import render as render_dry_run
 from fedsynth_client.ledger import Ledger, Limit, Task
@@ -223,3 +227,50 @@ def test_a_statistic_without_noise_is_the_sum_itself() -> None:
     torch.testing.assert_close(released, rows.double().sum(0).float())
     empty = release_statistic(rows[:0], BARE, 1.0, SystemRandomness()).weights[TOTAL]
     assert torch.equal(empty, torch.zeros(7))
+
+
+def test_a_countersignature_states_infinity_and_agrees_with_the_ledger(exposed: Site, bare: StudyPlan) -> None:
+    ledger = exposed.ledger()
+    stated = SiteStatement(
+        name="a",
+        nominal_patients=40,
+        epsilon=math.inf,
+        epsilon_lifetime=math.inf,
+        ledger_head=ledger.head,
+        mechanisms=[],
+    )
+    statement = PrivacyStatement(
+        study=bare.name,
+        plan_digest=bare.digest,
+        private=False,
+        epsilon_budget=math.inf,
+        delta=1e-5,
+        accountant="rdp",
+        accountant_version="fedsynth",
+        noise_source="none",
+        sites=[stated],
+        trust_model="",
+        composition="",
+        not_covered=[],
+        intended_use="",
+        forbidden_use="",
+    )
+    assert "spent epsilon infinite" in _ledger_agrees(exposed, bare, statement, stated)
+    with pytest.raises(Refused, match="its ledger says infinite"):
+        _ledger_agrees(exposed, bare, statement, stated.model_copy(update={"epsilon": 3.0}))
+    with pytest.raises(Refused, match="no noise"):
+        _ledger_agrees(exposed, bare, statement.model_copy(update={"private": True}), stated)
+    signed = sign(
+        Statement(
+            site="a",
+            plan_digest=bare.digest,
+            content="0" * 64,
+            evidence={},
+            ledger_head=ledger.head,
+            epsilon=math.inf,
+            attacks=None,
+        ),
+        Ed25519PrivateKey.generate(),
+    )
+    assert json.loads(signed.statement, parse_constant=pytest.fail)["epsilon"] is None
+    assert signed.stated.epsilon == math.inf

@@ -18,6 +18,7 @@ from fedsynth.deployment.keys import check_private, read_secret
 from fedsynth.deployment.network import split_address
 from fedsynth.deployment.supervisor import is_running, processes_of, read_status
 from fedsynth.errors import JobFailed, UsageError
+from fedsynth.marks import marks
 from fedsynth_server.coordinator import gateway
 from fedsynth_server.coordinator.progress import progress_of
 from fedsynth_server.coordinator.registry import changes, read_registry
@@ -99,7 +100,11 @@ def _settings(study: Study) -> str:
 
 
 def _plan(study: Study) -> str:
-    return f"plan {study.plan.name}: {len(study.plan.sites)} sites, digest {study.plan.digest[:12]}"
+    plan = study.plan
+    found = f"plan {plan.name}: {len(plan.sites)} sites, digest {plan.digest[:12]}"
+    if protects_nobody := marks(plan.privacy):
+        raise Doubt("not_private", f"{found}. {' '.join(protects_nobody)}", "Only for public or simulated data.")
+    return found
 
 
 def _names_weights(study: Study) -> bool:
