@@ -80,14 +80,18 @@ class Scores:
 
     def mape_of_folds(self) -> Floats:
         """(K,) mean over features of the mean relative error (%), fold by fold."""
-        return np.array(
-            [float(np.nanmean(np.nanmean(self.relative[self.folds == fold], axis=0))) for fold in np.unique(self.folds)]
-        )
+        return np.array([_mean_over_features(self.relative[self.folds == fold]) for fold in np.unique(self.folds)])
 
     def r2(self, rows: NDArray[np.integer] | None = None) -> Floats:
         """(F,) share of the variation about the training mean that is predicted, of all patients or of `rows`."""
         squared, about_mean = (part if rows is None else part[rows] for part in (self.squared, self.about_mean))
         return 1 - np.nansum(squared, axis=0) / np.nansum(about_mean, axis=0)
+
+
+def _mean_over_features(errors: Floats) -> float:
+    """Mean of the features' mean errors; of features that were measured in nobody of `errors` (N, F), nothing."""
+    measured = np.isfinite(errors).any(axis=0)
+    return float(np.nanmean(errors[:, measured], axis=0).mean())
 
 
 def run(experiment: Experiment) -> Findings:
@@ -299,7 +303,7 @@ def _summary(experiment: Experiment, scores: dict[str, Scores]) -> Table:
                 cells[name] = Cell(value=middle, interval=interval)
         return cells
 
-    mape = {name: Cell(value=float(np.nanmean(np.nanmean(one.relative, axis=0)))) for name, one in scores.items()}
+    mape = {name: Cell(value=_mean_over_features(one.relative)) for name, one in scores.items()}
     rng = np.random.default_rng(experiment.spec.seed)
     patients = len(next(iter(scores.values())).folds)
     draws = [np.arange(patients), *(rng.integers(patients, size=patients) for _ in range(_RESAMPLES))]
