@@ -278,6 +278,15 @@ def test_the_site_remembers_what_it_signed_and_shows_its_own_figures_to_its_staf
     assert len(log_path(site).read_text().splitlines()) == 2
 
 
+def test_a_site_is_told_what_was_selected_before_it_signs(study: Study) -> None:
+    chosen = ["--patients", 2, "--balance", "--sequences", "T1c"]
+    run("make", study.folder / "study", "--out", study.folder / "chosen", "--candidate", *chosen)
+    summary = prepare(study.site("a"), study.folder / "chosen-candidate", None).summary
+    assert "Selected: The class mix was chosen, not that of the hospitals (grade: 1 low, 1 high)." in summary
+    assert "the images hold T1c" in summary
+    assert "Selected:" not in prepare(study.site("a"), study.candidate, None).summary
+
+
 def test_a_no_signs_nothing(study: Study) -> None:
     out = study.folder / "out"
     arguments = ["countersign", str(study.site("a").folder), str(study.candidate), "--out", str(out)]

@@ -42,6 +42,11 @@ were drawn along one chain, genes -> morphology -> image and mask, so they belon
 
 def _where(facts: ReleaseFacts, formats: Collection[str]) -> str:
     trees = "".join(text for name, text in _PLACES.items() if name in formats)
+    selection = (
+        ""
+        if facts.selected is None
+        else "- `selection.json`: what was selected of all that the study can draw, and measured.\n"
+    )
     return f"""## What lies where
 {trees}
 - `participants.tsv`, `morphology.tsv`, `genes/`: tables, described in `datapackage.json` and `croissant.json`. Gene
@@ -49,7 +54,7 @@ def _where(facts: ReleaseFacts, formats: Collection[str]) -> str:
 - `report.html`: everything in one page, to be read in a browser. `DATASHEET.md`: the questions of a datasheet, answered.
 - `privacy.json`: the privacy statement. `gate.json`: the decision to release, every check. Where they were made:
   `evaluation.json` (quality), `attacks.json`, `audit.json` (of the private mechanisms), `site-evaluation.json`.
-- `plan.toml`: the study plan, digest `{facts.plan.digest}`.
+{selection}- `plan.toml`: the study plan, digest `{facts.plan.digest}`.
 """
 
 
