@@ -142,7 +142,7 @@ def save_state(state: StudyState, folder: Path) -> None:
             "missing": state.evaluated.missing,
         },
     }
-    content = save(tensors, {"state": json.dumps(rest, sort_keys=True, allow_nan=False)})
+    content = save(tensors, {"state": json.dumps(rest, sort_keys=True)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / FILE, content)
