@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
@@ -478,7 +479,7 @@ def _aggregate(
         result = combined(received, site_weights(plan, sites), plan.aggregation)
     weights = {**state.weights, WEIGHTS[module]: result}
     if module == "gan":
-        weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, plan.gan.ema_decay)
+        weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, _memory(plan, number))
     rows: list[CurveRow] = [{"round": number, "site": site, **replies[site].progress} for site in sites]
     receipts = {**state.receipts}
     for site in sites:
@@ -490,6 +491,15 @@ def _aggregate(
         curves={**state.curves, module: state.curves[module] + rows},
         receipts=receipts,
     )
+
+
+def _memory(plan: StudyPlan, number: int) -> float:
+    """Decay of the generator's average in a round; 0 in the first of each resolution of a growing one.
+
+    Before that round the resolution's layers held their first weights, which are not to be averaged with trained ones.
+    """
+    firsts = [1, *(1 + rounds for rounds in accumulate(plan.gan.growth))] if plan.gan.growth else []
+    return 0.0 if number in firsts else plan.gan.ema_decay
 
 
 def _from_encoder(plan: StudyPlan, state: StudyState) -> State:

@@ -6,7 +6,7 @@ Plain gradient descent at a rate of 1 makes the change of the weights the gradie
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -45,9 +45,9 @@ GAN = {
 PENALTY = {"lipschitz": "gradient_penalty", "penalty_weight": 3.0}
 AUXILIARY = {"l1_weight": 2.0, "feature_matching_weight": 5.0}
 AUGMENTED = {"augmentation": ["translation", "intensity"]}
-GROWN: dict[str, object] = {"growth": [1, 1, 1], "fade_in": 0.7}
+GROWN: dict[str, Any] = {"growth": [1, 1, 1], "fade_in": 0.7}
 
-OPTIONS: dict[str, Mapping[str, object]] = {
+OPTIONS: dict[str, Mapping[str, Any]] = {
     "wasserstein": {"loss": "wasserstein", "lipschitz": "weight_clip", "weight_clip": 0.05},
     "least squares": {"loss": "least_squares"},
     "hinge": {"loss": "hinge", "spectral_norm": True},
@@ -66,7 +66,7 @@ EACH_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 FADING = 2 * STEPS
 
 
-def plan(epsilon: float = 1.0, **gan: object) -> StudyPlan:
+def plan(epsilon: float = 1.0, **gan: Any) -> StudyPlan:
     return StudyPlan.model_validate(
         {
             "name": "small",
@@ -191,7 +191,7 @@ def contribution(study: StudyPlan, cohort: ImagePatients) -> Tensor:
 
 # ---- what a patient's gradient is ------------------------------------------------------------------------------------
 
-REAL = {
+REAL: dict[str, Callable[[Tensor], Tensor]] = {
     "bce": lambda scores: softplus(-scores),
     "wasserstein": lambda scores: -scores,
     "least_squares": lambda scores: 0.5 * (1 - scores) ** 2,
@@ -202,7 +202,8 @@ REAL = {
 def by_autograd(study: StudyPlan, cohort: ImagePatients) -> Tensor:
     """The gradient of the one patient's loss, from the formulas and plain backward passes."""
     gan, stage, randomness = study.gan, stage_at(study, FADING), SeededRandomness(5)
-    companion, generator = drawn_anew(make_companion(study), 4), drawn_anew(make_generator(study), 3)
+    companion: Any = drawn_anew(make_companion(study), 4)
+    generator: Any = drawn_anew(make_generator(study), 3)
     show = showing(study, PROFILES, cohort, randomness)
     drawn = show.draw(1.0, stage, randomness)
     of_site = [companion.get_parameter(name) for name in active_parameters(companion, stage)]
@@ -216,7 +217,7 @@ def by_autograd(study: StudyPlan, cohort: ImagePatients) -> Tensor:
         loss = torch.stack([(a - b).abs().mean() for a, b in zip(made, real, strict=True)]) + gan.kl_weight * kl / 3
         return flat(torch.autograd.grad(loss.mean(), of_site + of_shared))
     tensors = (joint_tensors if gan.generator_is_private else critic_tensors)(show, drawn, generator, stage)
-    items = [tensor[0] for tensor in tensors(torch.arange(1))]
+    items: list[Tensor] = [tensor[0] for tensor in tensors(torch.arange(1))]
     with fixed_parametrisations(companion):
         aux, (shown, shown_code, *points) = (items[:3], items[3:]) if gan.generator_is_private else ([], items)
         loss = REAL[gan.loss](companion(shown, shown_code, stage)).mean()
@@ -237,7 +238,7 @@ def by_autograd(study: StudyPlan, cohort: ImagePatients) -> Tensor:
 
 @EACH_OPTION
 def test_a_patient_s_gradient_is_that_of_the_losses_in_the_plan_and_is_clipped_as_one_vector(
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> None:
     cohort = patients(1)
     expected = by_autograd(plan(**options), cohort)
@@ -254,15 +255,16 @@ def test_a_patient_s_gradient_is_that_of_the_losses_in_the_plan_and_is_clipped_a
 
 def test_auxiliary_losses_are_a_part_of_the_generator_s_gradient_and_of_no_discriminator_s() -> None:
     cohort = patients(1)
-    large = {"max_grad_norm": 1e6}
+    large: dict[str, Any] = {"max_grad_norm": 1e6}
     alone, both = (contribution(plan(**options, **large), cohort) for options in ({}, AUXILIARY))
     assert torch.allclose(alone, both[: len(alone)], atol=1e-5)
     assert float(both[len(alone) :].norm()) > 0.1
 
 
 def test_a_penalty_at_fakes_touches_no_patient() -> None:
-    cohort, large = patients(1), {"max_grad_norm": 1e6}
-    at_fakes = {**PENALTY, "penalty_at": "fakes"}
+    cohort = patients(1)
+    large: dict[str, Any] = {"max_grad_norm": 1e6}
+    at_fakes: dict[str, Any] = {**PENALTY, "penalty_at": "fakes"}
     without, with_it = (contribution(plan(**options, **large), cohort) for options in ({}, at_fakes))
     assert torch.allclose(without, with_it, atol=1e-5)
     moved = [part(block(plan(**options), steps=1, rate=1e-9).local, "model/") for options in ({}, at_fakes)]
@@ -274,7 +276,7 @@ def test_a_penalty_at_fakes_touches_no_patient() -> None:
 
 @EACH_OPTION
 def test_noise_reaches_every_parameter_that_a_private_gradient_moves_and_no_other(
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> None:
     study, randomness = plan(**options), Recording(7)
     block(study, randomness=randomness, first_step=FADING)
@@ -288,7 +290,7 @@ def test_noise_reaches_every_parameter_that_a_private_gradient_moves_and_no_othe
 
 @EACH_OPTION
 def test_other_patients_change_the_generator_by_their_own_gradient_only_where_the_plan_says_so(
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> None:
     study = plan(**options)
     still = study.model_copy(update={"gan": study.gan.model_copy(update={"learning_rate": 0.0})})
@@ -301,7 +303,7 @@ def test_other_patients_change_the_generator_by_their_own_gradient_only_where_th
 
 @pytest.mark.parametrize("options", [{}, AUXILIARY, {"architecture": "vae"}], ids=["gan", "auxiliary", "vae"])
 def test_a_private_plan_never_runs_without_noise_nor_one_without_privacy_with_it(
-    options: Mapping[str, object],
+    options: Mapping[str, Any],
 ) -> None:
     for epsilon, noise in ((1.0, 0.0), (float("inf"), SIGMA)):
         study = plan(epsilon, **options)
@@ -322,7 +324,7 @@ def test_a_private_plan_never_runs_without_noise_nor_one_without_privacy_with_it
 
 @pytest.mark.parametrize("auxiliary", [{}, AUXILIARY], ids=["through the discriminator", "private"])
 @pytest.mark.parametrize("step", [0, STEPS, 2 * STEPS - 1, FADING, 3 * STEPS - 1])
-def test_what_a_stage_does_not_use_stays_bit_for_bit_as_it_was(step: int, auxiliary: Mapping[str, object]) -> None:
+def test_what_a_stage_does_not_use_stays_bit_for_bit_as_it_was(step: int, auxiliary: Mapping[str, Any]) -> None:
     study = plan(architecture="enhanced", **GROWN, **auxiliary)
     result = block(study, steps=1, first_step=step)
     for before, after, model in (
@@ -358,7 +360,7 @@ def test_a_resolution_that_is_added_starts_without_moments_and_none_are_lost() -
 
 
 @pytest.mark.parametrize("options", [{}, AUXILIARY, {"architecture": "vae"}], ids=["gan", "auxiliary", "vae"])
-def test_both_learning_rates_follow_the_schedule_over_all_rounds(options: Mapping[str, object]) -> None:
+def test_both_learning_rates_follow_the_schedule_over_all_rounds(options: Mapping[str, Any]) -> None:
     # A slow discriminator: the generator of a plain GAN looks at one that has moved by its rate.
     rates = {"learning_rate": 1e-5, "generator_learning_rate": 2.0}
     study = plan(schedule="linear", final_learning_rate=0.1, **rates, **options)
@@ -373,7 +375,7 @@ def test_both_learning_rates_follow_the_schedule_over_all_rounds(options: Mappin
 
 
 @EACH_OPTION
-def test_a_block_goes_on_from_its_file_as_if_it_had_never_stopped(options: Mapping[str, object]) -> None:
+def test_a_block_goes_on_from_its_file_as_if_it_had_never_stopped(options: Mapping[str, Any]) -> None:
     study = plan(**{**options, "optimizer": "sgd", "momentum": 0.5, "learning_rate": 0.01})
     first = block(study, first_step=STEPS)
     stored = load(save(first.local))
@@ -402,7 +404,7 @@ def test_clipped_weights_stay_within_their_bound_and_the_generator_s_are_free() 
 
 
 @EACH_OPTION
-def test_without_privacy_a_step_is_the_mean_gradient(options: Mapping[str, object]) -> None:
+def test_without_privacy_a_step_is_the_mean_gradient(options: Mapping[str, Any]) -> None:
     cohort = patients(1)
     public = plan(float("inf"), **options)
     stage = stage_at(public, FADING)
@@ -472,7 +474,7 @@ LEARNING = {
     ],
     ids=str,
 )
-def test_images_move_towards_those_of_patients(options: Mapping[str, object]) -> None:
+def test_images_move_towards_those_of_patients(options: Mapping[str, Any]) -> None:
     study = plan(float("inf"), **{**LEARNING, **options})
     weights, local, cohort = shared(study), at_site(study), grey(0.8, 4)
     before = float((made(study, weights) - 0.8).abs().mean())
