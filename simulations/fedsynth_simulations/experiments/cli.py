@@ -68,3 +68,15 @@ def note(
 
     result = load_result(run)
     write_result(run, result.model_copy(update={"notes": [*result.notes, text]}))
+
+
+@app.command()
+def overview(
+    runs: Annotated[Path, typer.Argument(help="Folder of the folders of finished runs.")],
+) -> None:
+    """Print one table of all finished runs in a folder, as Markdown."""
+    from fedsynth_simulations.experiments.rendering import overview_text
+    from fedsynth_simulations.experiments.run import load_result
+
+    folders = sorted(path.parent for path in runs.glob("*/result.json"))
+    typer.echo(overview_text([load_result(folder) for folder in folders]), nl=False)

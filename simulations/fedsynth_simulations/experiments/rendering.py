@@ -42,7 +42,7 @@ def table_text(result: Result) -> str:
 
 
 def _table(table: Table, not_private: Sequence[str]) -> list[str]:
-    heads = [f"{column} ({NOT_PRIVATE})" if _is_marked(column, not_private) else column for column in table.columns]
+    heads = [column + _marked(column, not_private) for column in table.columns]
     lines = [f"## {table.title}", "", "| | " + " | ".join([*heads, "paper", "comparable"]) + " |"]
     lines.append("| --- " * (len(heads) + 3) + "|")
     remarks: list[str] = []
@@ -89,6 +89,36 @@ def number(value: float) -> str:
 
 def _cell_safe(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def overview_text(results: Sequence[Result]) -> str:
+    """One row an experiment: its first figure in every column, the paper's, and where it was computed."""
+    lines = [
+        "| experiment | system | headline | ours | paper | comparable | machine, time, date |",
+        "| --- " * 7 + "|",
+    ]
+    for result in results:
+        row, columns = result.tables[0].rows[0], result.tables[0].columns
+        ours = "; ".join(
+            f"{column}{_marked(column, result.not_private)}: {cell_text(row.cells[column])}"
+            for column in columns
+            if column in row.cells
+        )
+        comparable = ("yes" if row.comparable else "no") if row.paper else "the paper has no such figure"
+        where = f"{result.machine}; {result.seconds:.0f} s; {result.date}"
+        cells = [
+            f"[{result.name}](experiments/{result.name}/table.md)",
+            result.system,
+            row.what,
+            ours,
+            row.paper or "-",
+        ]
+        lines.append("| " + " | ".join(_cell_safe(cell) for cell in [*cells, comparable, where]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _marked(column: str, not_private: Sequence[str]) -> str:
+    return f" ({NOT_PRIVATE})" if _is_marked(column, not_private) else ""
 
 
 def write_charts(folder: Path, curves: Sequence[Curves]) -> list[Picture]:
