@@ -90,6 +90,14 @@ _DOCUMENTS = (
 )
 
 
+# What some of them are in a study without privacy.
+_WITHOUT_NOISE = {
+    "audit.json": "Audit of the sites' evaluation, the only mechanism with noise",
+    "outcome.json": "Says that there was no noise to learn against",
+    "curves.json": "Training curves, of quantities that were not noised",
+}
+
+
 def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n_patients: int) -> None:
     """Write ``croissant.json`` for the tables, images and documents that lie in `root`, once all others are written."""
     participants = _file(root, PARTICIPANTS, "text/tab-separated-values", "Participants and their label")
@@ -102,7 +110,10 @@ def write_croissant(root: Path, facts: ReleaseFacts, formats: Collection[str], n
     if "dicom" in formats:
         images.append(_images("dicom/*/*/*.dcm", "images-dicom", "application/dicom", "MR series and segmentations"))
     chosen = f" {facts.selection}" if facts.selection else ""
-    documents = [_file(root, name, kind, what) for name, kind, what in _DOCUMENTS if (root / name).is_file()]
+    said = _WITHOUT_NOISE if facts.statement.without_privacy else {}
+    documents = [
+        _file(root, name, kind, said.get(name, what)) for name, kind, what in _DOCUMENTS if (root / name).is_file()
+    ]
     dump(
         root / "croissant.json",
         {

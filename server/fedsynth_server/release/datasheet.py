@@ -200,7 +200,7 @@ def _uses(
     ]
     if site_evaluation is not None:
         answers.append(("What did the sites find?", _sites(site_evaluation)))
-    if outcome is not None:
+    if outcome is not None and not facts.statement.without_privacy:
         verdicts = "; ".join(f"{each.module}: {wording.VERDICTS[each.verdict]}" for each in outcome.modules)
         answers.append(("What did the noise leave to learn?", f"{verdicts}."))
     return answers
