@@ -282,7 +282,7 @@ class WarmStart(Section):
 # layer (`fedsynth.models.trainable`).
 Trains = Literal["all", "norms", "head", "adapters"]
 # What is done to every image in front of the discriminator (`fedsynth.models.augmentation`).
-Augmentation = Literal["translation", "intensity"]
+Augmentation = Literal["translation", "intensity", "flip", "rotation"]
 # The networks that make images (`fedsynth.models.images`): DCGAN; one that grows from 8 x 8 pixels to the full size
 # (PGGAN); that with self-attention and a spectrally normalised discriminator (Enhanced-GAN); a variational autoencoder.
 Architecture = Literal["dcgan", "progressive", "enhanced", "vae"]
@@ -300,7 +300,8 @@ class GanPlan(TrainingPlan):
     2023). The number of private steps, and so the charge, stays what the plan says.
 
     `discriminator_trains` and `generator_trains` leave the rest of a network as it was sent; `adapter_rank` is the rank of
-    low-rank adapters. `augmentation` shifts and recolours images in front of the discriminator, real and fake alike.
+    low-rank adapters. `augmentation` shifts, recolours, mirrors and turns images in front of the discriminator, real
+    and fake alike.
 
     `growth` says for how many rounds each resolution trains, from 8 x 8 pixels, doubling up to the image's size; the first
     `fade_in` (a share) of a resolution's steps blend it in. Empty: everything trains at full size from the start.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,13 +30,11 @@ def code() -> Tensor:
 
 def still(count: int = ROWS) -> Changes:
     zeros = torch.zeros(count, dtype=torch.int64)
-    return Changes(zeros, zeros, torch.zeros(count), torch.ones(count))
+    return Changes(zeros, zeros, torch.zeros(count), torch.ones(count), zeros > 0, torch.zeros(count))
 
 
 def moved(right: int, down: int) -> Changes:
-    return Changes(
-        torch.full((ROWS,), right), torch.full((ROWS,), down), torch.zeros(ROWS), torch.ones(ROWS)
-    )  # fmt: skip
+    return replace(still(), right=torch.full((ROWS,), right), down=torch.full((ROWS,), down))
 
 
 def test_nothing_named_changes_nothing_and_draws_nothing() -> None:
@@ -68,15 +69,33 @@ def test_without_a_stated_place_only_the_image_moves() -> None:
 
 
 def test_intensities_change_and_the_mask_does_not() -> None:
-    zeros = torch.zeros(ROWS, dtype=torch.int64)
     brightness, contrast = torch.tensor([0.1, -0.2, 0.0, 0.0]), torch.tensor([1.0, 1.0, 1.2, 0.8])
     x = images()
-    shown, stated = augmented(x, code(), Changes(zeros, zeros, brightness, contrast), MAP)
+    shown, stated = augmented(x, code(), replace(still(), brightness=brightness, contrast=contrast), MAP)
     assert torch.equal(shown[:, -1], x[:, -1])
     assert torch.equal(stated, code())
     torch.testing.assert_close(shown[:2, :-1], x[:2, :-1] + brightness[:2, None, None, None])
     mean = x[2:, :-1].mean(dim=(1, 2, 3), keepdim=True)
     torch.testing.assert_close(shown[2:, :-1], mean + contrast[2:, None, None, None] * (x[2:, :-1] - mean))
+
+
+def test_mirrored_images_state_the_other_side() -> None:
+    which = torch.tensor([True, False, True, False])
+    shown, stated = augmented(images(), code(), replace(still(), mirrored=which), MAP)
+    assert torch.equal(shown[which], images()[which].flip(-1))
+    assert torch.equal(shown[~which], images()[~which])
+    torch.testing.assert_close(MAP(stated)[which], MAP(code())[which].flip(-1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(stated[~which], code()[~which])
+
+
+def test_turned_images_state_the_turned_place() -> None:
+    quarter = torch.full((ROWS,), math.pi / 2)
+    x = images()
+    shown, stated = augmented(x, code(), replace(still(), turned=quarter), MAP)
+    torch.testing.assert_close(shown, x.rot90(-1, (2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(MAP(stated), MAP(code()).rot90(-1, (2, 3)), rtol=1e-3, atol=1e-4)
+    slightly, _ = augmented(x, code(), replace(still(), turned=torch.full((ROWS,), 0.15)), MAP)
+    assert float(slightly[:, :, 0, 0].max()) < float(x[:, :, 0, 0].max())  # background turns in at the corner
 
 
 def test_draws_stay_within_their_bounds_and_vary() -> None:
@@ -85,6 +104,10 @@ def test_draws_stay_within_their_bounds_and_vary() -> None:
         assert set(pixels.tolist()) == {-2, -1, 0, 1, 2}
     assert 0.15 < float(changes.brightness.abs().max()) <= 0.2
     assert 0.15 < float((changes.contrast - 1).abs().max()) <= 0.2 + 1e-6
+    turns = draw_changes(["flip", "rotation"], 500, SIZE, draws())
+    assert 0.15 < float(turns.turned.abs().max()) <= math.radians(10) + 1e-6
+    assert 0.4 < float(turns.mirrored.float().mean()) < 0.6
+    assert not bool(turns.right.any())
     only = draw_changes(["intensity"], 500, SIZE, draws())
     assert not bool(only.right.any() or only.down.any())
     only = draw_changes(["translation"], 500, 64, draws())
@@ -93,7 +116,7 @@ def test_draws_stay_within_their_bounds_and_vary() -> None:
 
 
 def test_no_image_sees_another() -> None:
-    changes = draw_changes(["translation", "intensity"], ROWS, SIZE, draws())
+    changes = draw_changes(["translation", "intensity", "flip", "rotation"], ROWS, SIZE, draws())
     x, c = images(), code()
     together = augmented(x, c, changes, MAP)
     x[0], c[0] = 1.0, 0.5

@@ -10,17 +10,20 @@ together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 from fedsynth.models.condition import TumourMap
 from fedsynth.plan import Augmentation
 
 _SHIFT = 1 / 16  # of the image's side: 2 pixels of 32
 _BRIGHTNESS, _CONTRAST = 0.2, 0.2
+_TURN = math.radians(10)
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,20 @@ class Changes:
         right, down: (B,) int64, pixels by which an image moves.
         brightness: (B,) what is added to intensities, whose range is [-1, 1].
         contrast: (B,) by what intensities' distance from the image's mean is multiplied.
+        mirrored: (B,) bool, whether left and right change places.
+        turned: (B,) radians clockwise about the middle, after mirroring and before moving.
     """
 
     right: Tensor
     down: Tensor
     brightness: Tensor
     contrast: Tensor
+    mirrored: Tensor
+    turned: Tensor
 
     def __getitem__(self, rows: Tensor) -> Changes:
         """The changes of some images."""
-        return Changes(self.right[rows], self.down[rows], self.brightness[rows], self.contrast[rows])
+        return Changes(**{name: each[rows] for name, each in vars(self).items()})
 
 
 def draw_changes(augmentation: Sequence[Augmentation], images: int, size: int, generator: torch.Generator) -> Changes:
@@ -59,7 +66,12 @@ def draw_changes(augmentation: Sequence[Augmentation], images: int, size: int, g
         right, down = pixels(), pixels()
     if "intensity" in augmentation:
         brightness, contrast = _BRIGHTNESS * uniform(), 1 + _CONTRAST * uniform()
-    return Changes(right, down, brightness, contrast)
+    mirrored, turned = torch.zeros(images, dtype=torch.bool), torch.zeros(images)
+    if "flip" in augmentation:
+        mirrored = torch.rand(images, generator=generator) < 0.5
+    if "rotation" in augmentation:
+        turned = _TURN * uniform()
+    return Changes(right, down, brightness, contrast, mirrored, turned)
 
 
 def augmented(images: Tensor, condition: Tensor, changes: Changes, tumour_map: TumourMap) -> tuple[Tensor, Tensor]:
@@ -79,8 +91,23 @@ def augmented(images: Tensor, condition: Tensor, changes: Changes, tumour_map: T
     contrast, brightness = changes.contrast[:, None, None, None], changes.brightness[:, None, None, None]
     # Written so that contrast 1 and brightness 0 leave every bit as it is.
     recoloured = channels + (channels - mean) * (contrast - 1) + brightness
-    shown = _moved(torch.cat([recoloured, mask], dim=1), changes)
-    return shown, tumour_map.moved(condition, changes.right, changes.down)
+    shown = _moved(_turned(_mirrored(torch.cat([recoloured, mask], dim=1), changes), changes), changes)
+    stated = tumour_map.turned(tumour_map.mirrored(condition, changes.mirrored), changes.turned)
+    return shown, tumour_map.moved(stated, changes.right, changes.down)
+
+
+def _mirrored(images: Tensor, changes: Changes) -> Tensor:
+    return torch.where(changes.mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def _turned(images: Tensor, changes: Changes) -> Tensor:
+    """Interpolated linearly; what turns in from outside is background."""
+    if not changes.turned.any():
+        return images  # unturned images are not to be interpolated
+    cosine, sine = changes.turned.cos(), changes.turned.sin()
+    rows = [torch.stack([cosine, sine, 0 * sine], dim=1), torch.stack([-sine, cosine, 0 * sine], dim=1)]
+    places = affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return grid_sample(images + 1, places, align_corners=False) - 1
 
 
 def _moved(images: Tensor, changes: Changes) -> Tensor:

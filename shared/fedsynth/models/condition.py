@@ -93,6 +93,25 @@ class TumourMap:
             result[:, place] += 2 * self.pixel_mm * pixels / extent
         return result
 
+    def mirrored(self, condition: Tensor, which: Tensor) -> Tensor:
+        """Conditions (B, c) of which those of `which` (B,) have their ball on the other side; the same where undefined."""
+        if self.places is None:
+            return condition
+        result, across = condition.clone(), self.places[0]
+        result[:, across] = torch.where(which, -condition[:, across], condition[:, across])
+        return result
+
+    def turned(self, condition: Tensor, angle: Tensor) -> Tensor:
+        """Conditions (B, c) whose ball lies `angle` (B,) radians further clockwise; the same where it is undefined."""
+        if self.places is None:
+            return condition
+        (across, down), (wide, deep) = self.places[:2], _BRAIN_MM[:2]
+        x, y, cosine, sine = condition[:, across] * wide, condition[:, down] * deep, angle.cos(), angle.sin()
+        result = condition.clone()
+        result[:, across] = (x * cosine - y * sine) / wide
+        result[:, down] = (x * sine + y * cosine) / deep
+        return result
+
 
 def tumour_map(plan: StudyPlan) -> TumourMap:
     """The map of a plan's condition vectors."""
