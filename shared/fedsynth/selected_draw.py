@@ -134,7 +134,7 @@ def _first_fitting(
                 "subset_too_rare",
                 f"Of {tried} synthetic profiles that the model drew{of_class}, {fitting} fit what was selected: fewer "
                 f"than 1 in {round(1 / LEAST_SHARE)}.",
-                "Ask for wider ranges: of what is so rare the model has learnt next to nothing.",
+                "Ask for wider ranges or a more frequent class: of what is so rare the model has learnt next to nothing.",
             )
         some = draw(_AT_ONCE)
         tried += _AT_ONCE

@@ -132,7 +132,7 @@ def test_a_selection_is_distributed_as_those_of_many_draws_who_fit(
     many = model.draw(60_000, seeded(11))
     middle = np.median(physical(many, plan), axis=0)
     where = (Range(feature="volume", least=float(middle[0])), Range(feature="sphericity", most=float(middle[1])))
-    fits = (physical(many, plan)[:, 0] >= where[0].least) & (physical(many, plan)[:, 1] <= where[1].most)  # type: ignore[operator]
+    fits = (physical(many, plan)[:, 0] >= where[0].least) & (physical(many, plan)[:, 1] <= where[1].most)
     two = torch.from_numpy(fits) & (many.labels != 1)
     drawn = draw_selected(model, plan, Selection(patients=3000, only=("a", "c"), where=where), seeded(2))
     alike(drawn.profiles, many.take(torch.nonzero(two)[:, 0]))
