@@ -22,7 +22,16 @@ from fedsynth_simulations.experiments.training import Trained, train_column
 from fedsynth_simulations.experiments.values import Cell, Picture, Row, Table
 
 MeasureName = Literal[
-    "frechet", "ssim", "discriminator", "losses", "downstream", "scores", "label", "segmentation", "consistency"
+    "frechet",
+    "ssim",
+    "discriminator",
+    "losses",
+    "downstream",
+    "downstream-both",
+    "scores",
+    "label",
+    "segmentation",
+    "consistency",
 ]
 _MEASURES: Mapping[MeasureName, Measure] = {
     "frechet": fidelity.frechet,
@@ -30,6 +39,7 @@ _MEASURES: Mapping[MeasureName, Measure] = {
     "discriminator": fidelity.discriminator,
     "losses": fidelity.losses,
     "downstream": classes.downstream,
+    "downstream-both": classes.downstream_both,
     "scores": classes.scores,
     "label": classes.label_fidelity,
     "segmentation": masks.segmentation,
