@@ -7,6 +7,7 @@ discriminator, which never leaves a site. It knows all canaries and everything b
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,10 +24,23 @@ from fedsynth.models.images import make_discriminator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.records import State
-from fedsynth_client.auditing.standins import Patients, StandIn, canary_patients, proportional_gan, stand_in
+from fedsynth_client.auditing.standins import (
+    IMAGES,
+    Noiseless,
+    Patients,
+    SameFakes,
+    StandIn,
+    canary_patients,
+    has_default_options,
+    proportional_gan,
+    released,
+    stand_in,
+)
 from fedsynth_client.training.statistic import TOTAL
 
 _AT_ONCE = 64  # images whose gradients are computed together
+_MOST_STEPS = 64  # of a stand-in over images that steps by gradient descent: patients' gradients are taken one by one
+_SEEDS = (0.0, 0.5)
 _NEARLY_EXACT = 1e-9  # of the largest eigenvalue: what steadies a least-squares fit without bending it
 
 
@@ -55,8 +69,10 @@ def run_with_canaries(
     """
     canaries = canary_patients(module, plan, len(members))
     drawn = canaries[torch.from_numpy(np.flatnonzero(members))]
-    if module == "gan":
+    if module == "gan" and has_default_options(plan.gan):
         return _looks_at_gan(plan, canaries, drawn, block, rounds, guesses, randomness)
+    if module in IMAGES:
+        return _looks_at_networks(plan, module, canaries, drawn, block, rounds, guesses, randomness)
     stand = stand_in(plan, module, len(members), block.noise_multiplier)
     if not stand.weights:
         scores = stand.block(drawn, block, randomness).weights[TOTAL].double().numpy()
@@ -121,17 +137,83 @@ def _looks_at_gan(
     gradients = _clipped_gradients(stand, canaries)
     moved = torch.cat([(local[name] - start).flatten() for name, start in stand.local.items()]).double()
     observed = -moved * stand.unit / stand.plan.gan.max_grad_norm
+    return _told_apart(gradients, observed, replace(block, steps=block.steps * rounds), guesses)
+
+
+def watched(plan: StudyPlan, module: Activity, block: Mechanism, rounds: int) -> tuple[Mechanism, int]:
+    """The rounds that are run with canaries, and the mechanism of one: all, or the first steps of what takes long.
+
+    To see less of a mechanism bounds it as well, only lower.
+    """
+    if module not in IMAGES or (module == "gan" and has_default_options(plan.gan)):
+        return block, rounds
+    return replace(block, steps=1), min(block.steps * rounds, _MOST_STEPS)
+
+
+def _looks_at_networks(
+    plan: StudyPlan,
+    module: Activity,
+    canaries: Patients,
+    drawn: Patients,
+    block: Mechanism,
+    rounds: int,
+    guesses: tuple[int, ...],
+    randomness: Randomness,
+) -> list[Look]:
+    """Looks at all that patients moved, of what was released and of what stayed, less what the same fakes moved.
+
+    Each step starts from the same weights. A canary's gradient is what the training itself releases of it without noise.
+    """
+    stand = stand_in(plan, module, 0, 0.0)
+    assert stand.trained is not None
+    names = sorted(stand.trained)
+    if module == "gan":  # one slice a patient: nothing is left to chance that need not be
+        image = stand.plan.image.model_copy(update={"slices": 1})
+        stand = replace(stand, plan=stand.plan.model_copy(update={"image": image}))
+        canaries, drawn = (replace(patients, rows=patients.rows[:, :, :1]) for patients in (canaries, drawn))
+
+    def moved(patients: Patients, mechanism: Mechanism, source: Randomness, seed: float = 0.0) -> Tensor:
+        found = released(stand, stand.block(patients, mechanism, SameFakes(source, seed)))
+        return torch.cat([found[name].flatten() for name in names])
+
+    alone = replace(block, sample_rate=1.0)
+    public = moved(canaries[:0], alone, Noiseless())
+    observed = torch.stack([moved(drawn, block, randomness) - public for _ in range(rounds)]).sum(0)
+    # Interpolates and latent vectors are drawn anew for whoever is drawn, so a canary has a gradient on average only.
+    ways = []
+    for seed in _SEEDS if _has_chance(stand.plan, module) else _SEEDS[:1]:
+        without = moved(canaries[:0], alone, Noiseless(), seed)
+        each = [moved(canaries[i : i + 1], alone, Noiseless(), seed) - without for i in range(len(canaries))]
+        ways.append(torch.stack(each))
+    gradients = torch.stack(ways).mean(0)
+    chance = float((torch.stack(ways) - gradients).square().sum(-1).mean()) * len(ways) / max(len(ways) - 1, 1)
+    return _told_apart(gradients, observed, replace(block, steps=rounds), guesses, chance)
+
+
+def _has_chance(plan: StudyPlan, module: Activity) -> bool:
+    penalised = plan.gan.lipschitz == "gradient_penalty" and plan.gan.penalty_at == "interpolates"
+    return module == "gan" and (penalised or plan.gan.generator_is_private)
+
+
+def _told_apart(
+    gradients: Tensor, observed: Tensor, whole: Mechanism, guesses: tuple[int, ...], chance: float = 0.0
+) -> list[Look]:
+    """Looks at `observed` (d,), a noisy sum of canaries' clipped `gradients` (m, d) over the steps of `whole`.
+
+    `chance` is by how much, squared, a canary's gradient differs from its mean whenever it is drawn.
+    """
     # What all have in common says nothing of one of them.
     common = gradients.mean(0)
     common = common / common.norm()
     apart = gradients - (gradients @ common)[:, None] * common
     overlap, projected = apart @ apart.T, apart @ (observed - (observed @ common) * common)
-    steps = block.steps * rounds
-    mean, spread = steps * block.sample_rate, steps * block.sample_rate * (1 - block.sample_rate)
-    noise = steps * block.noise_multiplier**2 / (mean**2 / 4 + spread / 2)
-    exact = _NEARLY_EXACT * float(torch.linalg.eigvalsh(overlap)[-1])
+    steps, rate = whole.steps, whole.sample_rate
+    mean, spread = steps * rate, steps * rate * (1 - rate)
+    unlike = chance * mean * len(gradients) / 2 / gradients.shape[1]
+    noise = (steps * whole.noise_multiplier**2 + unlike) / (mean**2 / 4 + spread / 2)
+    exact = _NEARLY_EXACT * float(torch.linalg.eigvalsh(overlap)[-1]) + unlike / (mean**2 / 4 + spread / 2)
     return [
-        Look(_estimated(overlap, projected, exact if count == len(canaries) else noise), count) for count in guesses
+        Look(_estimated(overlap, projected, exact if count == len(gradients) else noise), count) for count in guesses
     ]
 
 

@@ -17,7 +17,7 @@ from fedsynth.dp.randomness import Randomness, SystemRandomness
 from fedsynth.errors import UsageError
 from fedsynth.plan import Activity, StudyPlan
 from fedsynth.progress import say
-from fedsynth_client.auditing.canaries import run_with_canaries
+from fedsynth_client.auditing.canaries import run_with_canaries, watched
 from fedsynth_client.auditing.checks import (
     accountant_composes,
     clipping_binds,
@@ -30,6 +30,7 @@ from fedsynth_client.auditing.checks import (
     sampling_rate,
 )
 from fedsynth_client.auditing.preprocessing import preprocessing_is_apart
+from fedsynth_client.auditing.standins import has_default_options
 from fedsynth_client.auditing.wire import answers_are_as_charged, rounds_are_charged_and_closed
 
 CONFIDENCE = 0.95
@@ -41,6 +42,7 @@ _CANARIES: dict[Activity, tuple[int, ...]] = {
     "radiogenomics": (1024, 2048, 4096),
     "embedding": (1024, 2048, 4096, 6144),
     "gan": (512, 1024, 2048),
+    "translation": (128, 256, 512),
     "evaluation": (1024, 2048, 4096, 6144),
 }
 _MARGIN = 1.02
@@ -55,7 +57,16 @@ _MODELS: dict[Activity, str] = {
     "evaluation": _RELEASE,
     "gan": "a stand-in of width 4 on slices of 32 x 32, with the clipping norm as the unit; the discriminator seen, which "
     "never leaves a site, started from weights chosen for the auditor",
+    "translation": "a stand-in of width 2 on slices of 32 x 32, with the clipping norm as the unit and steps of plain "
+    "gradient descent; all four networks seen, each step started from the same weights",
 }
+# Of the GAN with any option that sets it apart from the default ones.
+_CANARIES_OF_OPTIONS = _CANARIES["translation"]
+_MODEL_OF_OPTIONS = (
+    "a stand-in of width 4 on slices of 32 x 32 with the plan's architecture and losses, in the midst of growth, with the "
+    "clipping norm as the unit and steps of plain gradient descent; both networks seen as far as they see patients, each "
+    "step started from the same weights"
+)
 
 
 def audit_module(
@@ -79,10 +90,14 @@ def audit_module(
     block, rounds, delta = charge(plan, site, module).mechanism, plan.rounds(module), plan.privacy.delta
     whole = replace(block, steps=block.steps * rounds)
     claimed = epsilon([whole], delta, plan.privacy.accountant)
-    count = _enough(module, claimed, delta) if canaries is None else canaries
-    guesses = planned_guesses(count, block.sample_rate, block.noise_multiplier, whole.steps, delta, CONFIDENCE)
+    options = module == "gan" and not has_default_options(plan.gan)
+    sizes = _CANARIES_OF_OPTIONS if options else _CANARIES[module]
+    count = _enough(sizes, claimed, delta) if canaries is None else canaries
+    seen, seen_rounds = watched(plan, module, block, rounds)
+    steps = seen.steps * seen_rounds
+    guesses = planned_guesses(count, block.sample_rate, block.noise_multiplier, steps, delta, CONFIDENCE)
     members = (source.uniform(count) < 0.5).numpy()
-    looks = run_with_canaries(plan, module, block, rounds, members, guesses, source)
+    looks = run_with_canaries(plan, module, seen, seen_rounds, members, guesses, source)
     found = outcome(looks, members, delta, CONFIDENCE)
     return AuditedModule(
         module=module,
@@ -99,14 +114,14 @@ def audit_module(
         epsilon_bound=found.bound,
         reachable=found.reachable,
         looks=found.looks,
-        model=_MODELS[module],
+        model=(_MODEL_OF_OPTIONS if options else _MODELS[module])
+        + ("" if steps == whole.steps else f"; the first {steps} of {whole.steps} steps"),
         seconds=time.monotonic() - started,
     )
 
 
-def _enough(module: Activity, claimed: float, delta: float) -> int:
-    """The fewest canaries of `_CANARIES` of which all, guessed right in one of two looks, refute `claimed`."""
-    sizes = _CANARIES[module]
+def _enough(sizes: tuple[int, ...], claimed: float, delta: float) -> int:
+    """The fewest canaries of `sizes` of which all, guessed right in one of two looks, refute `claimed`."""
     return next((m for m in sizes if reachable((m, m), m, delta, CONFIDENCE) > _MARGIN * claimed), sizes[-1])
 
 

@@ -84,7 +84,7 @@ class Patients:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, keep: Tensor) -> Patients:
+    def __getitem__(self, keep: Tensor | slice) -> Patients:
         return Patients(self.rows[keep], self.morphology[keep], self.labels[keep])
 
     def __add__(self, other: Patients) -> Patients:
@@ -236,14 +236,14 @@ def canary_patients(module: Activity, plan: StudyPlan, count: int) -> Patients:
 
     Statistics: each has a coordinate of its own. Networks over profiles: each expresses one gene, and that far beyond any
     real patient. GAN: each has one bright patch, in its own place and channel and of its own pattern, and one extreme
-    feature of morphology, where that makes its gradient longer than any other; in the translation, no tumour on the
-    first slice and its own on the second.
+    feature of morphology. Other options of the GAN and the translation: each is a pattern of its own all over, with no
+    tumour on the first slice.
     """
     labels = torch.zeros(count, dtype=torch.int64)
-    if module == "gan":
-        return _image_canaries(count, labels, _HUGE if has_default_options(plan.gan) else 1.0)
-    if module == "translation":
-        return _with_and_without_tumour(_image_canaries(count, labels, 1.0))
+    if module == "gan" and has_default_options(plan.gan):
+        return _image_canaries(count, labels)
+    if module in IMAGES:
+        return _patterned(count, labels)
     scale = 10 * max_norm(plan, module) * (count if module == "autoencoder" else _HUGE)
     return Patients(torch.eye(count) * scale, torch.zeros(count, 1), labels)
 
@@ -295,13 +295,13 @@ class SameFakes:
     A block draws a seed as a single value; no stand-in has a single patient to draw at a rate below 1.
     """
 
-    def __init__(self, source: Randomness) -> None:
-        self._source = source
+    def __init__(self, source: Randomness, seed: float = 0.0) -> None:
+        self._source, self._seed = source, seed
         self.private, self.description = source.private, source.description
 
     def uniform(self, count: int) -> Tensor:
-        """Zero for a seed, else what the source gives."""
-        return torch.zeros(count, dtype=torch.float64) if count == 1 else self._source.uniform(count)
+        """The seed, or what the source gives."""
+        return torch.full((1,), self._seed, dtype=torch.float64) if count == 1 else self._source.uniform(count)
 
     def normal(self, shape: torch.Size | tuple[int, ...], std: float) -> Tensor:
         """What the source gives."""
@@ -560,14 +560,16 @@ def _generic(model: nn.Module, generator: torch.Generator) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def _with_and_without_tumour(patients: Patients) -> Patients:
-    rows = patients.rows.clone()
-    rows[:, -1] = -1.0
-    rows[:, -1, 1, :4, :4] = 1.0
-    return replace(patients, rows=rows)
+def _patterned(count: int, labels: Tensor) -> Patients:
+    channels = 4
+    generator = torch.Generator().manual_seed(1)
+    rows = (torch.randint(0, 2, (count, channels, 1, _SIZE, _SIZE), generator=generator) * 2.0 - 1).to(torch.float16)
+    rows = rows.repeat(1, 1, _SLICES, 1, 1)
+    rows[:, -1, 0] = -1.0
+    return Patients(rows, torch.rand(count, len(_FEATURES), generator=generator), labels)
 
 
-def _image_canaries(count: int, labels: Tensor, feature: float) -> Patients:
+def _image_canaries(count: int, labels: Tensor) -> Patients:
     channels, side = 4, 4
     generator = torch.Generator().manual_seed(1)
     patterns = torch.randint(0, 2, (count, side, side), generator=generator) * 2.0 - 1
@@ -578,6 +580,6 @@ def _image_canaries(count: int, labels: Tensor, feature: float) -> Patients:
         row, column = side * (place // places), side * (place % places)
         images[i, channel, row : row + side, column : column + side] = patterns[i]
     morphology = torch.full((count, len(_FEATURES)), 0.5)
-    morphology[torch.arange(count), torch.arange(count) % len(_FEATURES)] = feature
+    morphology[torch.arange(count), torch.arange(count) % len(_FEATURES)] = _HUGE
     slices = images[:, :, None].expand(-1, -1, _SLICES, -1, -1).to(torch.float16)
     return Patients(slices, morphology, labels)
