@@ -21,7 +21,7 @@ from fedsynth.translation import TO_SOURCE, TO_TARGET
 from fedsynth_server.forecast import HARD, HOPELESS, noise_to_signal
 from fedsynth_simulations.benchmarking.slices import train_class_network
 from fedsynth_simulations.experiments.bench import at_32, with_interval
-from fedsynth_simulations.experiments.data import ImageData, load_images
+from fedsynth_simulations.experiments.data import ImageData, load_images, simulated_images
 from fedsynth_simulations.experiments.rendering import write_grid
 from fedsynth_simulations.experiments.run import Experiment, Findings
 from fedsynth_simulations.experiments.translating import (
@@ -49,16 +49,18 @@ class Options(Section):
     Attributes:
         shown: held-out slices in each picture.
         classifier_steps: of the network that tells two domains apart.
+        scale: of simulated data, how many times as many patients as show that all works: privacy needs many.
     """
 
     shown: Count = 8
     classifier_steps: Count = 200
+    scale: Count = 1
 
 
 def run(experiment: Experiment) -> Findings:
     """Run an experiment of translation."""
     options = Options.model_validate(experiment.spec.options)
-    data = load_images(experiment, experiment.spec.plan.get("image", {}))
+    data = _data(experiment, options)
     trained = {}
     for column in experiment.spec.columns:
         task = make_task(experiment, column, data)
@@ -81,6 +83,13 @@ def run(experiment: Experiment) -> Findings:
     )
     pictures, notes = _pictures(experiment, trained, data, options.shown)
     return Findings(data.description, tables, [curves], pictures, [*_NOTES, *notes])
+
+
+def _data(experiment: Experiment, options: Options) -> ImageData:
+    image = experiment.spec.plan.get("image", {})
+    if experiment.spec.data == "simulated":
+        return simulated_images(image, experiment.spec.seed, options.scale)
+    return load_images(experiment, image)
 
 
 _NOTES = [
