@@ -125,7 +125,7 @@ def run(experiment: Experiment) -> Findings:
     table = Table(
         title="Reconstruction of profiles from hospitals that were held out",
         columns=list(errors),
-        rows=_rows(experiment, errors, baseline, kept, split),
+        rows=_rows(experiment, errors, baseline, sizes, kept, split),
     )
     notes = [f"{name}: {budget_text(plan, 'autoencoder')}." for name, plan in plans.items() if plan.privacy.private]
     notes.append("PCA is of all training profiles pooled, without privacy: the best linear code of its size for them.")
@@ -262,7 +262,12 @@ def _errors(found: NDArray[np.floating], real: NDArray[np.floating], mean: Float
 
 
 def _rows(
-    experiment: Experiment, errors: dict[str, Errors], baseline: dict[str, str], kept: dict[str, Kept], split: Split
+    experiment: Experiment,
+    errors: dict[str, Errors],
+    baseline: dict[str, str],
+    sizes: list[int],
+    kept: dict[str, Kept],
+    split: Split,
 ) -> list[Row]:
     rng = np.random.default_rng(experiment.spec.seed)
     draws = _resampled(split.test.hospitals, rng)
@@ -275,7 +280,9 @@ def _rows(
         for name, linear in baseline.items()
     }
     train, centre = split.train.astype(np.float64), split.train.astype(np.float64).mean(axis=0)
-    fitted = {name: Cell(value=_errors(one.arrays["train"].numpy(), train, centre).r2) for name, one in kept.items()}
+    given_back = {name: one.arrays["train"].numpy() for name, one in kept.items()}
+    given_back |= {_name_of_pca(size): pca(train, train, size) for size in sizes}
+    fitted = {name: Cell(value=_errors(found, train, centre).r2) for name, found in given_back.items()}
     genes = {name: one.r2_of_genes() for name, one in errors.items()}
     return [
         experiment.row(

@@ -116,7 +116,8 @@ def run(experiment: Experiment) -> Findings:
     steps = {column.name: _plan(experiment, column, data, folds).radiogenomics.steps_per_round for column in columns}
     tables = [_summary(experiment, scores), *_by_feature(scores, names)]
     notes += _notes(data, scores, options.folds)
-    return Findings(data.description, tables, _curves(curves, steps), [], notes)
+    of_mean = float(np.nanmean(scores[MEAN].squared))
+    return Findings(data.description, tables, _curves(curves, steps, of_mean), [], notes)
 
 
 def fold_of_patients(count: int, folds: int, seed: int) -> NDArray[np.int64]:
@@ -379,18 +380,21 @@ def _notes(data: RadiogenomicData, scores: dict[str, Scores], folds: int) -> lis
     ]
 
 
-def _curves(curves: dict[str, dict[str, list[float]]], steps: dict[str, int]) -> list[Curves]:
+def _curves(curves: dict[str, dict[str, list[float]]], steps: dict[str, int], of_mean: float) -> list[Curves]:
+    """Errors on the normalised scale, mean over folds; beside those of validation patients that of the training mean."""
     plots = []
     for part in ("train", "validation"):
         lines = [
             Line(name=name, x=[float(number * steps[name]) for number in range(len(curve[part]))], y=curve[part])
             for name, curve in curves.items()
         ]
+        if part == "validation":
+            lines.append(Line(name=MEAN, x=[0.0, max(line.x[-1] for line in lines)], y=[of_mean] * 2))
         plots.append(
             Curves(
                 title=f"Learning curves: {part} patients",
                 x_label="steps",
-                y_label="mean squared error (normalised morphology)",
+                y_label="mean squared error",
                 lines=lines,
                 log_y=True,
             )
