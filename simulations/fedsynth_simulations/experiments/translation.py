@@ -61,10 +61,9 @@ def run(experiment: Experiment) -> Findings:
     """Run an experiment of translation."""
     options = Options.model_validate(experiment.spec.options)
     data = _data(experiment, options)
-    trained = {}
-    for column in experiment.spec.columns:
-        task = make_task(experiment, column, data)
-        trained[column.name] = train_task(experiment, column, task, data)
+    # All of them before the first trains: a column that cannot be is told at once.
+    tasks = [(column, make_task(experiment, column, data)) for column in experiment.spec.columns]
+    trained = {column.name: train_task(experiment, column, task, data) for column, task in tasks}
     tables = []
     for key in dict.fromkeys(each.task.key for each in trained.values()):
         own = {name: each for name, each in trained.items() if each.task.key == key}
