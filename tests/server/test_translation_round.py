@@ -16,6 +16,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from safetensors.torch import load_file
 
+from fedsynth.attacks.coordinator import coordinator_attacks
 from fedsynth.attacks.updates import loss_drop, network, translation_loss, update_alignment
 from fedsynth.budget import mechanism, planned_epsilon
 from fedsynth.domains import source_and_target
@@ -30,6 +31,7 @@ from fedsynth.translation import make_translator
 from fedsynth_client.app import app as client_app
 from fedsynth_client.cohort import load_cohort
 from fedsynth_client.dry_run import dry_run
+from fedsynth_client.evaluation.patients import patients_of
 from fedsynth_client.policy import save_policy
 from fedsynth_client.preflight import preflight
 from fedsynth_client.rounds import image_slices
@@ -286,3 +288,42 @@ def test_a_member_of_an_update_without_noise_is_found_by_its_cycle(
     assert aligned.argmax() == 5
     assert loss_drop(model, loss, rows, tap, "translation")["a"].argmax() == 5
     assert source_and_target(plan, volumes)[0].slices.shape == (12, 1, 4, 32, 32)
+
+
+def test_a_coordinator_attacks_the_translators_site_by_site(finished: Study, plan: StudyPlan) -> None:
+    cohorts = {name: load_cohort(Site(finished.folder / name).cohort_path, plan.morphology.features) for name in "ab"}
+    train = patients_of(cohorts)
+    others = train.rows(
+        np.arange(len(train)) % 3 == 0
+    )  # any others will do: what counts is that they can be told apart
+    nothing: Any = None
+    attempts = dict(
+        coordinator_attacks(
+            plan,
+            finished.tap.transcript,
+            train.rows(np.arange(len(train)) % 3 != 0),
+            others,
+            nothing,
+            np.arange(6),
+            nothing,
+            np.random.default_rng(1),
+        )
+    )
+    found = attempts["Updates of the translators"]()
+    assert [(each.id, each.site) for each in found] == [
+        (f"{attack}-translation", site) for site in "ab" for attack in ("update-alignment", "loss-drop")
+    ]
+    assert all("discriminators" in each.note for each in found)
+    assert all(np.isfinite(each.members).all() and np.isfinite(each.others).all() for each in found)
+
+
+def test_without_privacy_the_same_round_is_marked(tiny_site: Site, tiny_plan: StudyPlan, ask: Ask) -> None:
+    values = with_translation(tiny_plan).model_dump()
+    bare = StudyPlan.model_validate({**values, "privacy": {"epsilon": float("inf")}})
+    save_policy(tiny_site.policy().model_copy(update={"allow_not_private": True}), tiny_site.policy_path)
+    tiny_site.approve(bare)
+    weights = first_state(bare, None).weights["translation"]
+    task = task_record(bare.digest, "translation", 1, "a", "")
+    reply = ask(tiny_site, "translation", RecordDict({"task": task, "translation": to_record(weights)}))
+    assert reply.config_records["receipt"]["private"] is False
+    assert reply.config_records["receipt"]["epsilon"] == float("inf")
