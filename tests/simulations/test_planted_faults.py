@@ -42,7 +42,7 @@ from fedsynth_client.auditing.wire import answers_are_as_charged, rounds_are_cha
 from fedsynth_client.cohort import Cohort
 from fedsynth_client.ingest import prepare as ingest
 from fedsynth_client.ingest.expression import Profiles
-from fedsynth_client.training import adversarial, profiles, statistic
+from fedsynth_client.training import adversarial, images, learner, profiles, statistic
 from fedsynth_client.training.block import BlockResult
 
 MODULES: tuple[Module, ...] = ("autoencoder", "radiogenomics", "embedding", "gan")
@@ -270,22 +270,20 @@ def _slices_are_drawn(patch: pytest.MonkeyPatch) -> None:
     def draw(patients: int, sample_rate: float, randomness: Randomness) -> Tensor:
         return poisson_draw(patients * slices, sample_rate, randomness) // slices
 
-    patch.setattr(adversarial, "poisson_draw", draw)
+    patch.setattr(images, "poisson_draw", draw)
 
 
 def _slices_are_clipped_one_by_one(patch: pytest.MonkeyPatch) -> None:
-    step = adversarial.private_step
+    step, slices = learner.private_step_of, 2
 
-    def by_slice(
-        private: Any, patients: int, losses: Any, public: Any = None, *, items_per_patient: int = 1, chunk: int = 64
-    ) -> None:
-        def of_slices(module: Any, positions: Tensor) -> Tensor:
-            whole = losses(module, torch.unique(positions // items_per_patient))
-            return whole[: len(positions)]
+    def by_slice(private: Any, patients: int, tensors: Any, *more: Any) -> None:
+        def of_slices(positions: Tensor) -> list[Tensor]:
+            drawn = torch.unique(positions // slices)
+            return [part.flatten(0, 1)[positions - slices * drawn[0]][:, None] for part in tensors(drawn)]
 
-        step(private, patients * items_per_patient, of_slices, public, chunk=items_per_patient)
+        step(private, patients * slices, of_slices, *more, chunk=slices)
 
-    patch.setattr(adversarial, "private_step", by_slice)
+    patch.setattr(learner, "private_step_of", by_slice)
 
 
 def test_drawing_slices_instead_of_patients_is_caught_by_the_number_drawn_and_by_the_reach_of_one_patient(
@@ -308,7 +306,7 @@ def test_clipping_slices_instead_of_patients_is_caught_by_the_count_of_one_patie
 def test_drawing_more_patients_than_charged_is_caught_by_the_number_drawn(
     plan: StudyPlan, monkeypatch: pytest.MonkeyPatch, module: Module
 ) -> None:
-    for training in (profiles, adversarial):
+    for training in (profiles, images):
         monkeypatch.setattr(training, "poisson_draw", lambda n, rate, source: poisson_draw(n, 1.2 * rate, source))
     assert fails(sampling_rate(plan, SITE, module, repeats=8))
 
@@ -435,8 +433,8 @@ def test_an_evaluation_with_less_noise_than_charged_is_caught_by_the_answers(
 def _real_loss_beside_the_progress(patch: pytest.MonkeyPatch) -> None:
     train = profiles.train_autoencoder
 
-    def telling(study: StudyPlan, weights: Any, genes: Tensor, *more: Any) -> BlockResult:
-        result = train(study, weights, genes, *more)
+    def telling(study: StudyPlan, weights: Any, genes: Tensor, *more: Any, **options: Any) -> BlockResult:
+        result = train(study, weights, genes, *more, **options)
         return replace(result, progress={**result.progress, "real_loss": float(genes.square().mean())})
 
     patch.setattr(profiles, "train_autoencoder", telling)

@@ -93,17 +93,18 @@ def noise_beside_patients(plan: StudyPlan, site: str, module: Activity) -> Mecha
 
 
 def _as_charged(parts: State, expected: float) -> tuple[bool, str]:
-    """Whether the values of every parameter have the standard deviation `expected`, and that in a sentence."""
+    """Whether the values of every parameter, and all together, have the standard deviation `expected`; and a sentence."""
     outside = []
     for name, values in parts.items():
-        low, high = _spread_by_chance(values.numel(), _ALARM / len(parts))
+        low, high = _spread_by_chance(values.numel(), _ALARM / (len(parts) + 1))
         ratio = float(values.square().mean().sqrt()) / expected
         if not low * (1 - _TOLERANCE) <= ratio <= high * (1 + _TOLERANCE):
             outside.append(f"{name} has {ratio:.4f} times it")
     everything = flat(parts)
-    low, high = _spread_by_chance(len(everything), _ALARM)
+    low, high = _spread_by_chance(len(everything), _ALARM / (len(parts) + 1))
     whole = float(everything.square().mean().sqrt()) / expected
-    return not outside, (
+    ok = not outside and low * (1 - _TOLERANCE) <= whole <= high * (1 + _TOLERANCE)
+    return ok, (
         f"{len(everything)} values have {whole:.4f} times the standard deviation of {expected:g} clipping norms that was "
         f"charged (chance alone gives {low:.3f} to {high:.3f})" + (f"; {'; '.join(outside)}." if outside else ".")
     )
