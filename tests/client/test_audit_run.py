@@ -73,6 +73,24 @@ def test_the_noise_of_a_block_is_weighed_as_its_optimiser_weighs_steps(
     assert float(noise.square().mean().sqrt()) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("module", ["autoencoder", "radiogenomics"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_noise_is_weighed_as_gradient_descent_weighs_steps_whatever_the_schedule_and_the_projection(
+    tiny_plan: StudyPlan, module: Module, momentum: float
+) -> None:
+    values = tiny_plan.model_dump(mode="python")
+    values[module] |= {"optimizer": "sgd", "momentum": momentum, "schedule": "cosine"}
+    values["radiogenomics"]["nonnegative_weights"] = True
+    plan = StudyPlan.model_validate(values)
+    stand = stand_in(plan, module, 400, noise=2.0)
+    nobody = alike(module, stand.plan, 400, 0)
+    noise = flat(released(stand, stand.block(nobody, replace(EVERYBODY, steps=3), SystemRandomness())))
+    first = 1 + momentum + momentum**2
+    assert step_weights(stand, 3).tolist() == pytest.approx([first, 1 + momentum, 1.0])
+    expected = 2.0 * math.sqrt(first**2 + (1 + momentum) ** 2 + 1)
+    assert float(noise.square().mean().sqrt()) == pytest.approx(expected, rel=0.1)
+
+
 def test_the_weights_of_steps_are_adam_s() -> None:
     """Two steps of Adam far below its epsilon: the first gradient counts 1 + 0.09 / 0.19, the second 0.1 / 0.19."""
     from fedsynth_client.auditing.standins import StandIn
