@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsynth.evaluation.values import Figure
-from fedsynth.plan import StudyPlan, TranslationPlan
+from fedsynth.plan import GanPlan, StudyPlan, TranslationPlan
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -125,12 +125,21 @@ def image_method(plan: StudyPlan) -> str:
     if plan.gan.rounds:
         rounds = "one round" if plan.gan.rounds == 1 else f"{plan.gan.rounds} rounds"
         verb = "refined" if plan.embedding is not None else "trained"
-        text += f", {verb} in {rounds} against discriminators that were {trained} and never left their sites"
+        text += f", {verb} in {rounds} {_beside(plan.gan, trained)}"
     if plan.embedding is None and not plan.gan.rounds:
         text += " and left as it was: no private image took part"
     if plan.translation is not None and "translation" in plan.modules:
         text += f"; {_translation(plan.translation, trained)}"
     return text
+
+
+def _beside(gan: GanPlan, trained: str) -> str:
+    """What saw the patients' images, and so was trained by which means."""
+    if gan.architecture == "vae":
+        return f"as the decoder of a variational autoencoder {trained}, whose encoders never left their sites"
+    if gan.generator_is_private:
+        return f"against discriminators that never left their sites, and against patients’ slices; both were {trained}"
+    return f"against discriminators that were {trained} and never left their sites"
 
 
 def _translation(section: TranslationPlan, trained: str) -> str:

@@ -21,11 +21,20 @@ from fedsynth.attacks.sums import (
     volumes,
 )
 from fedsynth.attacks.transcript import Transcript
-from fedsynth.attacks.updates import loss_drop, network, patient_loss, translation_loss, update_alignment
+from fedsynth.attacks.updates import (
+    Loss,
+    image_loss,
+    loss_drop,
+    network,
+    patient_loss,
+    translation_loss,
+    update_alignment,
+)
 from fedsynth.budget import noise_multipliers
 from fedsynth.evaluation.patients import Patients
 from fedsynth.metrics.domain_extractor import DomainExtractor
 from fedsynth.metrics.measurable import NotMeasurable, require_rows
+from fedsynth.models.growth import stage_at
 from fedsynth.plan import Module, StudyPlan, TrainingPlan
 from fedsynth.records import PUBLIC
 
@@ -49,6 +58,14 @@ _WORST_CASE = (
 _THROUGH_D = (
     "The site's discriminator, the only network that sees patients' images, never leaves the site; the coordinator has the "
     "generator alone."
+)
+_OWN_GRADIENT = (
+    "What else is at the site, a discriminator or an encoder, never leaves it; but the generator has a private gradient "
+    "of its own, so its updates are attacked as well."
+)
+_DISTANCE_ALONE = (
+    "The loss is the generator's distance from the patient's slices alone: what a discriminator's features or an encoder "
+    "add stays at the site."
 )
 _CYCLE_ALONE = (
     "The loss is that of cycle and identity alone: the adversarial loss needs the discriminators, which never leave the "
@@ -96,7 +113,7 @@ def coordinator_attacks(
                     _of_generator, plan, transcript, train, holdout, inside, outside, sites, described, extractor, seed
                 ),
             )
-        else:
+        if module not in PUBLIC and (module != "gan" or plan.gan.generator_is_private):
             yield (
                 f"Updates of the {_NAMES[module]}",
                 partial(
@@ -186,14 +203,26 @@ def _of_updates(
     held = {site: count + np.flatnonzero(_of_site(holdout, site)[outside]) for site in sites}
     judged = {site: (numbers[~is_reference[outside][numbers - count]]).tolist() for site, numbers in held.items()}
     model = network(plan, module)
+    if module == "translation" or module == "gan":
+        slices = torch.cat([volumes(train.rows(inside)), volumes(holdout.rows(outside))])
     if module == "translation":
-        loss = translation_loss(plan, torch.cat([volumes(train.rows(inside)), volumes(holdout.rows(outside))]))
+        loss = translation_loss(plan, slices)
+    elif module == "gan":
+        loss = image_loss(plan, morphology, labels, slices, torch.Generator().manual_seed(seed))
     else:
         loss = patient_loss(plan, module, genes, morphology, labels, torch.Generator().manual_seed(seed))
     scored_rows = {site: members[site] + judged[site] for site in sites}
-    aligned = update_alignment(model, loss, scored_rows, sample, transcript, module, training.max_grad_norm)
+
+    def of_round(number: int) -> Loss:
+        if module != "gan":
+            return loss
+        stage, latents = stage_at(plan, number * training.steps_per_round - 1), torch.Generator().manual_seed(seed)
+        return image_loss(plan, morphology, labels, slices, latents, stage)
+
+    aligned = update_alignment(model, loss, scored_rows, sample, transcript, module, training.max_grad_norm, of_round)
     everybody = {site: members[site] + held[site].tolist() for site in sites}
     dropped = loss_drop(model, loss, everybody, transcript, module)
+    computed = {"translation": _CYCLE_ALONE, "gan": _DISTANCE_ALONE}.get(module, "")
     name, scored = _NAMES[module], []
     for site in sites:
         scored += [
@@ -208,7 +237,7 @@ def _of_updates(
                 note=" ".join(
                     [
                         "Directions count less the more the gradients of reference patients vary along them.",
-                        *([_CYCLE_ALONE] if module == "translation" else []),
+                        *([computed] if computed else []),
                     ]
                 ),
             ),
@@ -220,7 +249,7 @@ def _of_updates(
                 "Yeom et al. 2018; Watson et al. 2022",
                 *parted(dropped[site], len(members[site])),
                 site=site,
-                note=_CYCLE_ALONE if module == "translation" else "",
+                note=computed,
             ),
         ]
     return scored
@@ -257,7 +286,7 @@ def _of_generator(
             "as Chen et al. 2020, over rounds",
             *parted(scores[site], len(members[site])),
             site=site,
-            note=_THROUGH_D,
+            note=_OWN_GRADIENT if plan.gan.generator_is_private else _THROUGH_D,
         )
         for site in sites
     ]

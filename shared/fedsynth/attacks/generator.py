@@ -1,8 +1,10 @@
 """Membership inference from the generators that a site sent back, round by round.
 
-A site's discriminator never leaves, and the generator sees patients through it alone; so a coordinator cannot compute how
+A site's discriminator never leaves, and where the generator sees patients through it alone, a coordinator cannot compute how
 a patient would have pulled the generator. What it can ask: did what the generator draws under the patient's own condition
-come nearer to the patient in the site's hands?
+come nearer to the patient in the site's hands? A generator that is held against patients' slices has a private gradient of
+its own, so it is attacked through its updates as well (`fedsynth.attacks.updates`). One that grows is asked at the
+resolution that the round trained.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.metrics.domain_extractor import DomainExtractor, extract
 from fedsynth.models.condition import condition, slice_positions
+from fedsynth.models.growth import Stage, enlarged, stage_at
 from fedsynth.models.images import make_generator
 from fedsynth.models.interfaces import ImageGenerator
 from fedsynth.plan import StudyPlan
@@ -50,6 +53,7 @@ def generator_approach(
     """
     model = make_generator(plan).eval()
     depth = plan.image.slices
+    steps = plan.gan.steps_per_round
     places = np.unique(np.linspace(0, depth - 1, min(_SLICES, depth) + 2).round().astype(int)[1:-1])
     truth = slices.reshape(len(labels), depth, -1)[:, places]
     scores = {site: np.zeros(len(numbers)) for site, numbers in rows.items()}
@@ -58,7 +62,16 @@ def generator_approach(
             chosen = np.array(numbers)
             before, after = (
                 _distance(
-                    plan, model, state, morphology[chosen], labels[chosen], truth[chosen], places, extractor, seed
+                    plan,
+                    model,
+                    state,
+                    stage_at(plan, number * steps - 1),
+                    morphology[chosen],
+                    labels[chosen],
+                    truth[chosen],
+                    places,
+                    extractor,
+                    seed,
                 )
                 for state in (
                     transcript.sent("gan", number)[WEIGHTS["gan"]],
@@ -73,6 +86,7 @@ def _distance(
     plan: StudyPlan,
     model: ImageGenerator,
     state: State,
+    stage: Stage | None,
     morphology: Tensor,
     labels: Tensor,
     truth: NDArray[np.floating],
@@ -95,17 +109,24 @@ def _distance(
         )
         nearest = np.full((len(labels[some]), len(positions)), np.inf)
         for latent in latents:
-            features = _generated(model, code, latent, extractor).reshape(*nearest.shape, -1)
+            features = _generated(plan, model, code, latent, stage, extractor).reshape(*nearest.shape, -1)
             nearest = np.minimum(nearest, np.linalg.norm(features - truth[some], axis=2))
         found[some] = nearest.mean(axis=1)
     return found
 
 
 @torch.no_grad()
-def _generated(model: ImageGenerator, code: Tensor, latent: Tensor, extractor: DomainExtractor) -> NDArray[np.float64]:
+def _generated(
+    plan: StudyPlan,
+    model: ImageGenerator,
+    code: Tensor,
+    latent: Tensor,
+    stage: Stage | None,
+    extractor: DomainExtractor,
+) -> NDArray[np.float64]:
     """(B, D) features of one slice for each condition (B, c)."""
-    images = (model(latent.expand(len(code), -1), code)[:, :-1] + 1) / 2
-    return extract(extractor, images.numpy())
+    made = enlarged(model(latent.expand(len(code), -1), code, stage), plan.image.size)
+    return extract(extractor, ((made[:, :-1] + 1) / 2).numpy())
 
 
 def _spread(rounds: list[int]) -> list[int]:

@@ -4,6 +4,9 @@ White-box attacks of the server on its federation (Nasr et al., 2019). In each r
 sent and those that came back. A patient who was trained on pulled the weights down its own gradient; the inner product of
 the update with that direction, summed over rounds, tells (Li et al., 2022, who call it the cosine attack).
 
+Of a generator that is held against patients' slices (auxiliary losses, a variational autoencoder) the coordinator can
+compute how far it is from a slice; what the discriminator's features or the encoder add stays at the site.
+
 Of a translation the coordinator has the generators alone. A patient's cycle and identity losses are all that it can compute
 of them: the adversarial loss needs the discriminators, which stay at the site.
 """
@@ -19,7 +22,10 @@ from torch import Tensor, nn
 
 from fedsynth.attacks.transcript import Transcript
 from fedsynth.domains import section_of, source_and_target
+from fedsynth.models.condition import condition, slice_positions
 from fedsynth.models.gene_autoencoder import autoencoder_losses, make_autoencoder
+from fedsynth.models.growth import Stage, at_stage
+from fedsynth.models.images import make_generator
 from fedsynth.models.radiogenomic_dnn import make_radiogenomic_dnn, radiogenomic_losses
 from fedsynth.models.translator import make_translators
 from fedsynth.plan import Module, StudyPlan
@@ -48,6 +54,8 @@ def network(plan: StudyPlan, module: Module) -> nn.Module:
         return make_radiogenomic_dnn(plan).eval()
     if module == "translation":
         return make_translators(plan).eval()
+    if module == "gan" and plan.gan.generator_is_private:
+        return make_generator(plan).eval()
     raise ValueError(f"no patient has a loss of {module} that a coordinator could compute")
 
 
@@ -101,6 +109,41 @@ def translation_loss(plan: StudyPlan, volumes: Tensor) -> Loss:
     return of_translators
 
 
+def image_loss(
+    plan: StudyPlan,
+    morphology: Tensor,
+    labels: Tensor,
+    volumes: Tensor,
+    generator: torch.Generator,
+    stage: Stage | None = None,
+) -> Loss:
+    """How far (mean absolute difference) what the generator makes for a patient's condition is from the patient's slices.
+
+    Over a few slices, each with a latent vector of its own.
+
+    Args:
+        plan: the study plan.
+        morphology: (N, F) in [0, 1], NaN where not measured.
+        labels: (N,) class codes, -1 where unknown.
+        volumes: (N, C + 1, S, H, W) in [-1, 1], image channels and mask channel.
+        generator: of the latent vectors, the same for all patients and rounds.
+        stage: of a growing generator; None is the full size.
+    """
+    depth = plan.image.slices
+    places = torch.linspace(0, depth - 1, min(_SLICES, depth) + 2)[1:-1].round().long()
+    z = torch.randn(len(places), plan.gan.latent_dim, generator=generator)
+    positions, classes = slice_positions(depth)[places], len(plan.label.classes)
+
+    def of_generator(model: nn.Module, row: int) -> Tensor:
+        count = len(places)
+        code = condition(labels[row].expand(count), morphology[row].expand(count, -1), positions, classes)
+        real = at_stage(volumes[row][:, places].transpose(0, 1).float(), stage, plan.image.size)
+        distance: Tensor = (model(z, code, stage) - real).abs().mean()
+        return distance
+
+    return of_generator
+
+
 def update_alignment(
     model: nn.Module,
     loss: Loss,
@@ -109,6 +152,7 @@ def update_alignment(
     transcript: Transcript,
     module: Module,
     clip: float,
+    loss_in: Callable[[int], Loss] | None = None,
 ) -> dict[str, Scores]:
     """Alignment of each site's updates with the patients' own gradients, summed over all rounds.
 
@@ -124,6 +168,7 @@ def update_alignment(
         transcript: what was sent and came back.
         module: of which network.
         clip: norm to which training clipped a patient's gradient.
+        loss_in: the loss in a round (from 1), where it is not the same in all: a growing generator's.
 
     Returns:
         Scores by site, in the order of its `rows`.
@@ -133,6 +178,7 @@ def update_alignment(
     for number in rounds:
         sent = transcript.sent(module, number)[WEIGHTS[module]]
         model.load_state_dict(sent)
+        loss = loss if loss_in is None else loss_in(number)
         weigh = _whitener([_gradient(model, loss, row) for row in reference[:_MOST_REFERENCES]])
         for site, numbers in rows.items():
             if number not in transcript.rounds(module, site):
@@ -170,7 +216,10 @@ def loss_drop(
 
 def _gradient(model: nn.Module, loss: Loss, row: int) -> Tensor:
     """(P,) the gradient of one patient's loss by all parameters."""
-    gradients = torch.autograd.grad(loss(model, row), list(model.parameters()))
+    # What a growing generator does not use at a stage has no part in the loss.
+    gradients = torch.autograd.grad(
+        loss(model, row), list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
