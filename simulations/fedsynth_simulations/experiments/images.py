@@ -15,7 +15,7 @@ from fedsynth_simulations.experiments.bench import REAL, Bench, Measure, Measure
 from fedsynth_simulations.experiments.data import ImageData, load_images
 from fedsynth_simulations.experiments.drawing import Drawn, draw, even_labels
 from fedsynth_simulations.experiments.measures import classes, fidelity, masks, sequences
-from fedsynth_simulations.experiments.rendering import write_grid
+from fedsynth_simulations.experiments.rendering import NOT_PRIVATE, write_grid
 from fedsynth_simulations.experiments.run import Experiment, Findings
 from fedsynth_simulations.experiments.search import Search, searched
 from fedsynth_simulations.experiments.training import Trained, train_column
@@ -161,7 +161,7 @@ def _pictures(experiment: Experiment, drawn: Mapping[str, Drawn], shown: int) ->
         chosen = drawn[column.name].take(np.argsort(drawn[column.name].labels[:shown], kind="stable"))
         file = f"samples-{column.slug}.png"
         write_grid(experiment.out / file, _planes(chosen), _GRID_COLUMNS)
-        mark = "" if column.private else ", not private"
+        mark = "" if column.private or NOT_PRIVATE in column.name else f", {NOT_PRIVATE}"
         pictures.append(
             Picture(file=file, caption=f"Synthetic slices, {column.name}{mark}, in the order of their classes.")
         )
