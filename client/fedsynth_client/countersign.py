@@ -38,8 +38,8 @@ from fedsynth.limits import FILE as LIMITS
 from fedsynth.limits import VIEWS, Limits, load_limits
 from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan, load_plan
-from fedsynth.released import read_release
-from fedsynth.selection import told
+from fedsynth.released import ReleasedPatients, read_release
+from fedsynth.selection import selection_faults, told
 from fedsynth.statement import PrivacyStatement, SiteStatement
 from fedsynth.sums import content_digest, content_faults
 from fedsynth.synthetic import subject_digest
@@ -134,6 +134,7 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
     statement, stated = _stated(candidate, plan, policy.site)
     checked = _ledger_agrees(site, plan, statement, stated)
     patients = read_release(candidate)
+    _selected_agrees(patients, plan)
     subject = subject_digest(patients)
     limits = load_limits(candidate / LIMITS)
     own, words = _own_attacks(limits, plan, statement, subject, policy.site, attacks)
@@ -213,6 +214,18 @@ def _stated(candidate: Path, plan: StudyPlan, name: str) -> tuple[PrivacyStateme
         if stated.name == name:
             return statement, stated
     raise Refused("site_not_in_candidate", f"The candidate's privacy statement does not name this site ({name}).")
+
+
+def _selected_agrees(patients: ReleasedPatients, plan: StudyPlan) -> None:
+    """What staff read of the selection before they sign is true of the patients in the candidate."""
+    if patients.selected is None:
+        return
+    if faults := selection_faults(patients.selected, plan, patients.labels, patients.morphology):
+        raise Refused(
+            "candidate_damaged",
+            f"The patients of the candidate are not those that it says were selected: {'; '.join(faults)}.",
+            "Do not sign. Ask for another candidate.",
+        )
 
 
 def _ledger_agrees(site: Site, plan: StudyPlan, statement: PrivacyStatement, stated: SiteStatement) -> str:

@@ -182,7 +182,8 @@ def read_release(folder: Path) -> ReleasedPatients:
     Raises:
         UsageError: ``release_missing`` when `folder` is no release; the errors of `load_plan`.
         Refused: ``release_damaged``: a file is missing, differs from the list, or does not fit the plan;
-            ``manifest_malformed``: the list itself; ``release_without_bids``: it holds no NIfTI images.
+            ``manifest_malformed``: the list itself; ``release_without_bids``: it holds no NIfTI images;
+            ``release_unreadable``: what it says was selected.
     """
     if not (folder / "plan.toml").is_file() or not (folder / _PARTICIPANTS).is_file():
         raise UsageError("release_missing", f"{folder} is not a release: it has no plan.toml or no {_PARTICIPANTS}.")
@@ -205,7 +206,7 @@ def read_release(folder: Path) -> ReleasedPatients:
         tuple(row[0] for row in labels),
         _numbers(files, _EXPRESSION, plan.genes.panel, participants),
         _numbers(files, _MORPHOLOGY, plan.morphology.features, participants),
-        read_selected(files.read(SELECTION)) if (folder / SELECTION).exists() else None,
+        read_selected(files.read(SELECTION), plan) if (folder / SELECTION).exists() else None,
     )
 
 

@@ -111,7 +111,7 @@ def measured_ranges(
                 patients=len(patients),
                 without_tumour=empty,
                 measurable=len(known),
-                fulfilling=int(asked.holds(values).sum()),
+                fulfilling=int(asked.holds(known).sum()),
                 median=float(np.median(known)) if len(known) else None,
             )
         )

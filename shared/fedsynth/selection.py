@@ -145,11 +145,19 @@ class Measured(_Value):
     """
 
     asked: Range
-    patients: int
-    without_tumour: int
-    measurable: int
-    fulfilling: int
+    patients: Annotated[int, Field(ge=1)]
+    without_tumour: Annotated[int, Field(ge=0)]
+    measurable: Annotated[int, Field(ge=0)]
+    fulfilling: Annotated[int, Field(ge=0)]
     median: float | None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if not self.fulfilling <= self.measurable <= self.patients or self.without_tumour > self.patients:
+            raise ValueError("more patients were measured than there are")
+        if (self.median is None) is not (self.measurable == 0):
+            raise ValueError("a median is of measured values, and of nothing else")
+        return self
 
     @property
     def words(self) -> str:
@@ -183,7 +191,11 @@ class Selected(_Value):
 
     @model_validator(mode="after")
     def _is_about_its_ranges(self) -> Self:
-        if self.fitting > self.tried or tuple(each.asked for each in self.measured) != self.asked.where:
+        if not self.asked.patients <= self.fitting <= self.tried:
+            raise ValueError("patients were kept who do not fit, or who were not drawn")
+        if tuple(each.asked for each in self.measured) != self.asked.where or any(
+            each.patients != self.asked.patients for each in self.measured
+        ):
             raise ValueError("what was found is not about what was asked for")
         return self
 
@@ -343,13 +355,8 @@ def selection_faults(
         morphology: (N, F) what each was drawn for, in physical units and the plan's order.
     """
     asked, faults = selected.asked, []
-    unknown = [
-        *({*asked.counts, *asked.only} - set(plan.label.classes)),
-        *({each.feature for each in asked.where} - set(plan.morphology.features)),
-        *(set(asked.sequences) - set(plan.image.sequences)),
-    ]
-    if unknown:
-        return [f"{FILE} names {', '.join(sorted(unknown))}, which the plan lacks"]
+    if unknown := _unknown(asked, plan):
+        return [f"{FILE} names {', '.join(unknown)}, which the plan lacks"]
     if len(labels) != asked.patients:
         faults.append(f"{FILE} says {asked.patients} patients, there are {len(labels)}")
     found = {name: list(labels).count(name) for name in plan.label.classes if name in labels}
@@ -363,27 +370,41 @@ def selection_faults(
     return faults
 
 
-def read_selected(content: bytes) -> Selected:
-    """The content of `FILE`.
+def _unknown(asked: Selection, plan: StudyPlan) -> list[str]:
+    """Classes, features and sequences of `asked` that `plan` lacks."""
+    return sorted(
+        [
+            *({*asked.counts, *asked.only} - set(plan.label.classes)),
+            *({each.feature for each in asked.where} - set(plan.morphology.features)),
+            *(set(asked.sequences) - set(plan.image.sequences)),
+        ]
+    )
+
+
+def read_selected(content: bytes, plan: StudyPlan) -> Selected:
+    """The content of `FILE` in a release of `plan`, which has all that it names: whoever reads it was sent it.
 
     Raises:
         Refused: ``release_unreadable``.
     """
     try:
-        return Selected.model_validate_json(content)
+        selected = Selected.model_validate_json(content)
     except ValidationError as error:
         keys = sorted({".".join(map(str, fault["loc"])) or "file" for fault in error.errors(include_url=False)})
         raise Refused("release_unreadable", f"{FILE} is not valid at {', '.join(keys)}.") from None
+    if _unknown(selected.asked, plan):
+        raise Refused("release_unreadable", f"{FILE} names a class, a feature or a sequence that the plan lacks.")
+    return selected
 
 
-def selected_in(folder: Path) -> Selected | None:
-    """What was selected for the release in `folder`; None where nothing was.
+def selected_in(folder: Path, plan: StudyPlan) -> Selected | None:
+    """What was selected for the release of `plan` in `folder`; None where nothing was.
 
     Raises:
         Refused: ``release_unreadable``.
     """
     path = folder / FILE
-    return read_selected(path.read_bytes()) if path.is_file() else None
+    return read_selected(path.read_bytes(), plan) if path.is_file() else None
 
 
 def _require_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:

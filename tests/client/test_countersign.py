@@ -287,6 +287,18 @@ def test_a_site_is_told_what_was_selected_before_it_signs(study: Study) -> None:
     assert "Selected:" not in prepare(study.site("a"), study.candidate, None).summary
 
 
+def test_a_site_does_not_sign_what_was_not_selected_as_it_says(study: Study) -> None:
+    chosen, folder = ["--patients", 3, "--count", "high=2", "--count", "low=1"], study.folder / "chosen-candidate"
+    run("make", study.folder / "study", "--out", study.folder / "chosen", "--candidate", *chosen)
+    told = read_json(folder / "selection.json")
+    for counts, code in (({"low": 2, "high": 1}, "candidate_damaged"), ({"unheard": 3}, "release_unreadable")):
+        write_json(folder / "selection.json", {**told, "asked": {**told["asked"], "counts": counts}})
+        write_content(folder)
+        with pytest.raises(Refused) as refused:
+            prepare(study.site("a"), folder, None)
+        assert refused.value.code == code
+
+
 def test_a_no_signs_nothing(study: Study) -> None:
     out = study.folder / "out"
     arguments = ["countersign", str(study.site("a").folder), str(study.candidate), "--out", str(out)]

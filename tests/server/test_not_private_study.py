@@ -24,6 +24,8 @@ from fedsynth_client.site import Site
 from fedsynth_server.app import app as server_app
 from fedsynth_server.checkpoint import load_state
 from fedsynth_server.cli import release, study
+from fedsynth_server.release.content import privacy_faults
+from fedsynth_server.release.opened import open_release
 from fedsynth_server.release.verify import verify
 from fedsynth_server.statement import check_receipts
 from fedsynth_simulations.grid import InProcessGrid, run_in_process
@@ -141,6 +143,20 @@ def test_a_release_without_privacy_verifies_and_warns(released: Path) -> None:
     assert any("RELEASED ALTHOUGH CHECKS FAILED (privacy," in warning for warning in result.warnings)
     printed = run(["verify", str(released)])
     assert "NOT PRIVATE" in printed
+
+
+def test_a_finite_epsilon_or_noise_that_never_was_is_found_in_the_statement(released: Path) -> None:
+    release = open_release(released)
+    assert privacy_faults(release) == []
+    site = release.statement.sites[0]
+    noised = [
+        each.model_copy(update={"noise_multiplier": 50.0, "epsilon_alone": 0.1, "sample_rate": 0.1})
+        for each in site.mechanisms
+    ]
+    for lie in ({"epsilon": 2.0, "mechanisms": noised}, {"mechanisms": noised}, {"epsilon": 2.0, "mechanisms": []}):
+        sites = [site.model_copy(update=lie), *release.statement.sites[1:]]
+        forged = release.statement.model_copy(update={"sites": sites})
+        assert any("without privacy" in fault for fault in privacy_faults(replace(release, statement=forged))), lie
 
 
 def test_dicom_headers_say_so(released: Path) -> None:

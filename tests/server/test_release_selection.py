@@ -116,7 +116,7 @@ def test_everything_that_describes_it_says_what_was_chosen(whole: Path, made: Pa
 
 def test_a_release_of_all_that_the_model_draws_says_nothing_of_a_selection(made: Path) -> None:
     assert not (made / "selection.json").exists()
-    assert selected_in(made) is None
+    assert selected_in(made, open_release(made).plan) is None
     assert "Nothing was selected, sorted or corrected after drawing." in (made / "DATASHEET.md").read_text()
 
 
@@ -163,7 +163,7 @@ def test_a_candidate_of_a_selection_becomes_its_release(
     attacks = release_attacks.model_copy(update={"subject": subject_digest(patients)})
     made = finish_release(candidate, out, release_key, audit=release_audit, attacks=attacks)
     assert verify(made).ok
-    assert selected_in(made) == chosen()
+    assert selected_in(made, release_plan) == chosen()
     assert "The class mix was chosen" in (made / "report.html").read_text(encoding="utf-8")
     assert candidate_path(out) == candidate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -291,7 +292,7 @@ def test_a_release_is_held_to_what_it_says_was_selected(plan: StudyPlan) -> None
 
     def faults(labels: list[str], **parts: Any) -> list[str]:
         asked = Selection.model_validate({"patients": 3} | parts)
-        (measured,) = [measured_ranges(plan, [patient(9, plan)], asked.where)]
+        (measured,) = [measured_ranges(plan, [patient(9, plan)] * asked.patients, asked.where)]
         return selection_faults(Selected(asked=asked, tried=9, fitting=9, measured=measured), plan, labels, morphology)
 
     assert faults(["a", "b", "c"], balance=True) == []
@@ -310,13 +311,54 @@ def test_what_was_selected_reads_back_and_nonsense_does_not(plan: StudyPlan) -> 
     selected = Selected(
         asked=asked, tried=10, fitting=6, measured=measured_ranges(plan, [patient(90, plan)] * 4, asked.where)
     )
-    assert read_selected(selected.model_dump_json().encode()) == selected
+    assert read_selected(selected.model_dump_json().encode(), plan) == selected
     for content in (b"", b"{}", selected.model_dump_json().replace('"tried":10', '"tried":5').encode()):
         with pytest.raises(Refused) as refusal:
-            read_selected(content)
+            read_selected(content, plan)
         assert refusal.value.code == "release_unreadable"
     with pytest.raises(ValidationError):
         Selected(asked=asked, tried=10, fitting=6)  # says nothing of the range
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"only": ["z"], "balance": True},
+        {"counts": {"z": 3}},
+        {"sequences": ["PD"]},
+        {"where": [{"feature": "age", "least": 1.0, "most": None}]},
+    ],
+)
+def test_a_selection_of_what_the_plan_lacks_is_refused_where_it_is_read(asked: dict[str, Any], plan: StudyPlan) -> None:
+    measured = [
+        {"asked": each, "patients": 3, "without_tumour": 0, "measurable": 3, "fulfilling": 3, "median": 2.0}
+        for each in asked.get("where", [])
+    ]
+    written = {"asked": {"patients": 3, **asked}, "tried": 3, "fitting": 3, "measured": measured}
+    with pytest.raises(Refused, match="that the plan lacks") as refusal:
+        read_selected(json.dumps(written).encode(), plan)
+    assert refusal.value.code == "release_unreadable"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"patients": 900},
+        {"measurable": 5},
+        {"fulfilling": 4},
+        {"without_tumour": -1},
+        {"measurable": 0, "fulfilling": 0},
+    ],
+)
+def test_figures_of_a_selection_that_cannot_be_are_refused(lie: dict[str, int], plan: StudyPlan) -> None:
+    asked = {"feature": "volume", "least": 1.0, "most": None}
+    measured = {"asked": asked, "patients": 3, "without_tumour": 0, "measurable": 3, "fulfilling": 3, "median": 2.0}
+    written = {"asked": {"patients": 3, "where": [asked]}, "tried": 9, "fitting": 5, "measured": [measured]}
+    read_selected(json.dumps(written).encode(), plan)
+    with pytest.raises(Refused):
+        read_selected(json.dumps({**written, "measured": [measured | lie]}).encode(), plan)
+    with pytest.raises(Refused):
+        read_selected(json.dumps({**written, "fitting": 2}).encode(), plan)  # three were kept
 
 
 def test_people_are_told_what_was_chosen(plan: StudyPlan) -> None:

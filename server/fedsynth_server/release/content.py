@@ -147,9 +147,24 @@ def privacy_faults(release: Release) -> list[str]:
         if site.epsilon_lifetime < site.epsilon:
             faults.append(f"site {site.name}: epsilon of all studies is below that of this one")
         faults += _recomputed_faults(site, plan.privacy)
+        if not plan.privacy.private:
+            faults += _bare_faults(site)
         faults += _holdout_faults(site, plan)
     if statement.holdout_epsilon_budget != (plan.site_evaluation.epsilon if plan.site_evaluation else None):
         faults.append("the budget of held-out patients in privacy.json is not that of plan.toml")
+    return faults
+
+
+def _bare_faults(site: SiteStatement) -> list[str]:
+    """Nothing was noised in a study without privacy, so nobody may state that it was, nor an epsilon that it gave."""
+    faults = []
+    if math.isfinite(site.epsilon):
+        faults.append(f"site {site.name}: epsilon {site.epsilon:.4g} in a study without privacy")
+    faults += [
+        f"site {site.name}: {each.module} with noise in a study without privacy"
+        for each in site.mechanisms
+        if each.noise_multiplier != 0 or math.isfinite(each.epsilon_alone)
+    ]
     return faults
 
 

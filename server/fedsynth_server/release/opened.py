@@ -61,13 +61,9 @@ def open_release(folder: Path) -> Release:
     Raises:
         Refused: ``release_unreadable``; or the errors of `load_plan`.
     """
-    return Release(
-        folder,
-        _read_model(folder / "release.json", ReleaseIndex),
-        load_plan(folder / "plan.toml"),
-        _read_model(folder / "privacy.json", PrivacyStatement),
-        selected_in(folder),
-    )
+    index, plan = _read_model(folder / "release.json", ReleaseIndex), load_plan(folder / "plan.toml")
+    statement = _read_model(folder / "privacy.json", PrivacyStatement)
+    return Release(folder, index, plan, statement, selected_in(folder, plan))
 
 
 def read_tsv(path: Path) -> tuple[list[str], list[list[str]]]:
