@@ -108,7 +108,7 @@ def run(experiment: Experiment) -> Findings:
         data.description,
         [main, *(table for measured in (findings, *found) for table in measured.tables)],
         [curve for measured in (findings, *found) for curve in measured.curves],
-        _pictures(experiment, drawn, options.shown),
+        _pictures(experiment, drawn, options.shown, data.has_masks),
         [
             f"The column '{REAL}' has real training {data.unit}s in place of synthetic ones: what can be reached.",
             "Noise comes from a seeded stream of the scale that the charge states, so that the run can be repeated.",
@@ -154,13 +154,13 @@ def _costs(experiment: Experiment, trained: Mapping[str, Trained]) -> list[Row]:
     ]
 
 
-def _pictures(experiment: Experiment, drawn: Mapping[str, Drawn], shown: int) -> list[Picture]:
-    """A grid of each column's slices; of several sequences, a row for each, and one for the mask where it is drawn."""
+def _pictures(experiment: Experiment, drawn: Mapping[str, Drawn], shown: int, masks: bool) -> list[Picture]:
+    """A grid of each column's slices; of several sequences, a row for each, and one for the mask where the data have any."""
     pictures = []
     for column in experiment.spec.columns:
         chosen = drawn[column.name].take(np.argsort(drawn[column.name].labels[:shown], kind="stable"))
         file = f"samples-{column.slug}.png"
-        write_grid(experiment.out / file, _planes(chosen), _GRID_COLUMNS)
+        write_grid(experiment.out / file, _planes(chosen, masks), _GRID_COLUMNS)
         mark = "" if column.private or NOT_PRIVATE in column.name else f", {NOT_PRIVATE}"
         pictures.append(
             Picture(file=file, caption=f"Synthetic slices, {column.name}{mark}, in the order of their classes.")
@@ -168,8 +168,8 @@ def _pictures(experiment: Experiment, drawn: Mapping[str, Drawn], shown: int) ->
     return pictures
 
 
-def _planes(drawn: Drawn) -> NDArray[np.float32]:
-    channels = drawn.channels.shape[1] - (not drawn.masks.any())
+def _planes(drawn: Drawn, masks: bool) -> NDArray[np.float32]:
+    channels = drawn.channels.shape[1] - (not masks)
     rows = []
     for start in range(0, len(drawn), _GRID_COLUMNS):
         part = drawn.channels[start : start + _GRID_COLUMNS, :channels]

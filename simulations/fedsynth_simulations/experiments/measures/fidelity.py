@@ -13,9 +13,18 @@ from fedsynth.metrics.frechet import frechet_distance, frechet_folds
 from fedsynth.metrics.jackknife import jackknife_interval
 from fedsynth.metrics.nearest_image import nearest_slices
 from fedsynth.metrics.precision_recall import precision_recall
+from fedsynth.metrics.roc_auc import roc_auc
 from fedsynth.metrics.ssim_diversity import similarity
 from fedsynth.models.images import make_discriminator
-from fedsynth_simulations.experiments.bench import REAL, Bench, Measured, RealSlices, mean_cell, share_cell
+from fedsynth_simulations.experiments.bench import (
+    REAL,
+    Bench,
+    Measured,
+    RealSlices,
+    mean_cell,
+    share_cell,
+    with_interval,
+)
 from fedsynth_simulations.experiments.drawing import Drawn
 from fedsynth_simulations.experiments.training import Trained, code
 from fedsynth_simulations.experiments.values import Cell, Curves, Line
@@ -132,22 +141,28 @@ def _between(images: NDArray[np.float32], labels: NDArray[np.int64], rng: np.ran
 
 
 def discriminator(bench: Bench) -> Measured:
-    """Accuracy of the sites' discriminators on test slices and on fresh synthetic ones."""
-    whole, of_real, of_fake = {}, {}, {}
+    """The sites' discriminators on test slices and on fresh synthetic ones: accuracy, and area under the curve."""
+    whole, area, of_real, of_fake = {}, {}, {}, {}
     for column, trained in bench.trained.items():
         if trained.plan.gan.architecture == "vae":
             continue
-        rng = bench.rng(4)
-        real, fake = _verdicts(bench, trained, column)
+        loss = trained.plan.gan.loss
+        real, fake = _scores(bench, trained, bench.drawn[column])
         count = min(len(real), len(fake))
+        scores = np.concatenate([real, fake[:count]])
+        truth = np.arange(len(scores)) < len(real)
         owners = np.concatenate([bench.test.owners, bench.test.owners.max() + 1 + np.arange(count)])
-        right = np.concatenate([real, ~fake[:count]])
-        whole[column] = share_cell(right, owners, rng)
-        of_real[column], of_fake[column] = Cell(value=float(real.mean())), Cell(value=float((~fake).mean()))
+        taken = taken_for_real(loss, torch.from_numpy(scores)).numpy()
+        whole[column] = share_cell(taken == truth, owners, bench.rng(4))
+        area[column] = _area(scores, truth, owners, bench)
+        of_real[column] = Cell(value=float(taken[truth].mean()))
+        of_fake[column] = Cell(value=float((~taken[~truth]).mean()))
     row = bench.experiment.row
+    arbitrary = "A Wasserstein score has no natural threshold (0 is taken), so its accuracy means little"
     return Measured(
         [
-            row("discriminator", "Accuracy of D, test slices against fresh synthetic ones", whole),
+            row("discriminator", "Accuracy of D, test slices against fresh synthetic ones", whole, arbitrary),
+            row("discriminator-area", "... area under its ROC curve (needs no threshold)", area),
             row("discriminator-real", "... share of test slices that D takes for real", of_real),
             row("discriminator-fake", "... share of synthetic slices that D recognises", of_fake),
         ],
@@ -158,29 +173,32 @@ def discriminator(bench: Bench) -> Measured:
     )
 
 
+def _area(scores: NDArray[np.float64], truth: NDArray[np.bool_], owners: NDArray[np.int64], bench: Bench) -> Cell:
+    return with_interval(lambda rows: roc_auc(scores[rows], truth[rows]), owners, bench.rng(4))
+
+
 @torch.no_grad()
-def _verdicts(bench: Bench, trained: Trained, column: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Whether D takes for real (M,) the test slices, and (N,) synthetic ones; by the majority of sites."""
-    plan, drawn, test = trained.plan, bench.drawn[column], bench.test
-    slices = plan.image.slices
-    places = np.tile(np.arange(slices), len(test) // slices)
-    real = _channels(test.images, test.masks)
+def _scores(bench: Bench, trained: Trained, drawn: Drawn) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """D's scores (M,) of the test slices, and (N,) of synthetic ones; means over sites."""
+    plan, test = trained.plan, bench.test
+    places = np.tile(np.arange(plan.image.slices), len(test) // plan.image.slices)
     # The mask channel of a synthetic slice is shown as it was drawn: a clean one would give it away, or hide it.
-    votes = []
+    made = torch.from_numpy(drawn.channels) * 2 - 1
+    by_site = []
     for state in trained.companions.values():
         model = make_discriminator(plan)
         model.load_state_dict(state)
         model.eval()
         both = []
         for images, labels, where in (
-            (real, test.labels, places),
-            (torch.from_numpy(drawn.channels) * 2 - 1, drawn.labels, drawn.places),
+            (_channels(test.images, test.masks), test.labels, places),
+            (made, drawn.labels, drawn.places),
         ):
-            rows = torch.arange(len(labels)).split(128)
             codes = code(plan, torch.from_numpy(labels), torch.from_numpy(where))
-            both.append(torch.cat([taken_for_real(plan.gan.loss, model(images[r], codes[r])) for r in rows]).float())
-        votes.append(both)
-    return tuple(torch.stack([vote[i] for vote in votes]).mean(0).numpy() > 0.5 for i in (0, 1))  # type: ignore[return-value]
+            both.append(torch.cat([model(images[r], codes[r]) for r in torch.arange(len(labels)).split(128)]))
+        by_site.append(both)
+    real, fake = (torch.stack([both[i] for both in by_site]).double().mean(0).numpy() for i in (0, 1))
+    return real, fake
 
 
 def _channels(images: NDArray[np.float32], masks: NDArray[np.bool_]) -> torch.Tensor:
