@@ -30,6 +30,9 @@ class ProfileModel(Protocol):
         nobody.
         """
 
+    def share_of_class(self, code: int) -> float:
+        """Of which share of all patients `draw_class` draws: the class's, or 1 where it draws all and keeps some."""
+
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """genes (B, G) -> expected morphology (B, F) in [0, 1], label logits (B, K)."""
 
@@ -51,6 +54,10 @@ class NetworkProfiles:
         """Those of `count` draws who are of the class: a label follows from genes, which cannot be asked for backwards."""
         drawn = self.draw(count, generator)
         return drawn.take(torch.nonzero(drawn.labels == code)[:, 0])
+
+    def share_of_class(self, code: int) -> float:
+        """See `ProfileModel`: all patients are drawn, whatever the class."""
+        return 1.0
 
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         """See `ProfileModel`."""

@@ -47,8 +47,9 @@ def draw_selected(
     Whoever is drawn is distributed as those of all that the model draws who fit. A class is asked of the model where that is
     exact; ranges, and classes where it is not, by rejection: profiles are drawn and the first that fit are kept. At most
     `LEAST_DRAWS` are drawn for a group of patients (those of a class, or all), or one over `LEAST_SHARE` for each of them,
-    whichever is more. Where classes were asked for by number their patients are shuffled. Without any choice of patients
-    it is ``model.draw``, to the last bit.
+    whichever is more. A class that is asked of the model counts as rare as it is among all patients, so that what is too
+    rare does not depend on how a model draws. Where classes were asked for by number their patients are shuffled. Without
+    any choice of patients it is ``model.draw``, to the last bit.
 
     Raises:
         Refused: ``subset_too_rare``: less than `LEAST_SHARE` of what the model draws fits.
@@ -65,14 +66,15 @@ def draw_selected(
             drawn = model.draw(count, generator)
             return drawn.take(torch.nonzero(torch.isin(drawn.labels, codes))[:, 0])
 
-        return _first_fitting(of_all, plan, selection.where, selection.patients, "")
+        return _first_fitting(of_all, plan, selection.where, selection.patients)
     groups = []
     for name, count in numbers.items():
 
         def of_class(many: int, code: int = classes.index(name)) -> SyntheticProfiles:
             return model.draw_class(code, many, generator)
 
-        groups.append(_first_fitting(of_class, plan, selection.where, count, name))
+        share = model.share_of_class(classes.index(name))
+        groups.append(_first_fitting(of_class, plan, selection.where, count, name, share))
     together = _joined([group.profiles for group in groups])
     order = torch.randperm(selection.patients, generator=generator)
     tried, fitting = sum(group.tried for group in groups), sum(group.fitting for group in groups)
@@ -119,27 +121,48 @@ def measured_ranges(
 
 
 def _first_fitting(
-    draw: Callable[[int], SyntheticProfiles], plan: StudyPlan, where: Sequence[Range], count: int, name: str
+    draw: Callable[[int], SyntheticProfiles],
+    plan: StudyPlan,
+    where: Sequence[Range],
+    count: int,
+    name: str = "",
+    share: float = 1.0,
 ) -> SelectedProfiles:
     """The first `count` patients in the ranges `where`, of those that `draw` keeps when it draws so many.
 
     Stopping depends on how many fit and not on which, so the kept are distributed as all that fit.
+
+    Args:
+        draw: draws patients of the class `name`, or of all where that is empty.
+        plan: the study plan.
+        where: see `Selection`.
+        count: how many are wanted.
+        name: see `draw`.
+        share: of which share of all patients it draws.
+
+    Raises:
+        Refused: ``subset_too_rare``.
     """
     kept: list[SyntheticProfiles] = []
     tried = fitting = 0
-    while fitting < count:
-        if tried >= LEAST_DRAWS and fitting < LEAST_SHARE * tried:
+    too_rare = unclear = False
+    # A few patients of a rare subset may be found early, by chance: nobody is given them before its rarity is clear.
+    while fitting < count or too_rare or unclear:
+        if too_rare and tried >= LEAST_DRAWS:
             of_class = f" of class {name}" if name else ""
+            of_all = f", itself {share:.2g} of all patients," if share < 1 else ","
             raise Refused(
                 "subset_too_rare",
-                f"Of {tried} synthetic profiles that the model drew{of_class}, {fitting} fit what was selected: fewer "
-                f"than 1 in {round(1 / LEAST_SHARE)}.",
+                f"Of {tried} synthetic profiles that the model drew{of_class}{of_all} {fitting} fit what was selected: "
+                f"fewer than 1 in {round(1 / LEAST_SHARE)} of all.",
                 "Ask for wider ranges or a more frequent class: of what is so rare the model has learnt next to nothing.",
             )
         some = draw(_AT_ONCE)
         tried += _AT_ONCE
         kept.append(some.take(torch.from_numpy(np.flatnonzero(_in_ranges(some, plan, where)))))
         fitting += len(kept[-1].labels)
+        too_rare = share * fitting < LEAST_SHARE * tried
+        unclear = tried < LEAST_DRAWS and fitting < LEAST_SHARE * LEAST_DRAWS
     return SelectedProfiles(_joined(kept).take(torch.arange(count)), tried, fitting)
 
 

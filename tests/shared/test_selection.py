@@ -185,6 +185,9 @@ class OneIn:
     def draw_class(self, code: int, count: int, generator: torch.Generator) -> SyntheticProfiles:
         return self.draw(count if code == 0 else 0, generator)
 
+    def share_of_class(self, code: int) -> float:
+        return 1.0
+
     def predict(self, genes: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
@@ -199,9 +202,29 @@ def test_a_subset_that_is_too_rare_is_refused_with_the_share_that_was_found(plan
     # A class of which the model draws nobody is refused as well, and by its name.
     with pytest.raises(Refused, match=f"Of {LEAST_DRAWS} .* of class b, 0 fit"):
         draw_selected(OneIn(2), plan, Selection(patients=2, balance=True, only=("a", "b")), seeded(1))
+    # So few would be found before `LEAST_DRAWS`, and they are as rare.
+    for seed in range(20):
+        with pytest.raises(Refused, match="fewer than 1 in 1000"):
+            draw_selected(OneIn(5000), plan, Selection(patients=1, where=large), seeded(seed))
     found = draw_selected(OneIn(300), plan, Selection(patients=50, where=large), seeded(1))
     assert (physical(found.profiles, plan)[:, 0] >= 100).all()
     assert found.fitting / found.tried > LEAST_SHARE
+
+
+def test_a_class_that_can_be_asked_for_is_refused_where_it_is_too_rare(
+    plan: StudyPlan, gaussian: LinearGaussianProfiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = (Range(feature="volume", least=20.0),)
+    share = float((physical(gaussian.draw_class(2, 20_000, seeded(0)), plan)[:, 0] >= 20.0).mean())
+    assert 0.1 < share < 0.95
+    assert gaussian.share_of_class(2) == pytest.approx(PRIOR[2], abs=1e-6)
+    for prior, where in ((0.0005, ()), (0.0012 if share < 0.8 else 0.00105, few)):
+        monkeypatch.setattr(gaussian, "_prior", torch.tensor([0.6, 0.4 - prior, prior], dtype=torch.float64))
+        with pytest.raises(Refused, match=r"of class c, itself .* of all patients, .* fewer than 1 in 1000"):
+            draw_selected(gaussian, plan, Selection(patients=2, counts={"c": 2}, where=where), seeded(1))
+    monkeypatch.setattr(gaussian, "_prior", torch.tensor([0.6, 0.398, 0.002], dtype=torch.float64))
+    drawn = draw_selected(gaussian, plan, Selection(patients=2, counts={"c": 2}), seeded(1))
+    assert drawn.profiles.labels.tolist() == [2, 2]
 
 
 def test_what_is_typed_becomes_a_selection_in_the_plans_order(plan: StudyPlan) -> None:

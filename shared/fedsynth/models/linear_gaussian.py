@@ -96,6 +96,10 @@ class LinearGaussianProfiles:
         """Draw `count` synthetic patients of the class `code`, exactly: given its class a patient is a normal variable."""
         return self._given(torch.full((count,), code), generator)
 
+    def share_of_class(self, code: int) -> float:
+        """The share of the class `code` among all who are drawn."""
+        return float(self._prior[code] / self._prior.sum())
+
     def _given(self, labels: Tensor, generator: torch.Generator) -> SyntheticProfiles:
         """One patient for each of the class codes `labels` (N,)."""
         r, count = len(self._genes_scale), len(labels)
