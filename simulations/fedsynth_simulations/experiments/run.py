@@ -120,7 +120,7 @@ class Experiment:
         published = self.spec.published.get(key)
         if published is None:
             return Row(what=what, cells=cells, note=note)
-        together = " ".join(part for part in (note, published.why) if part)
+        together = ". ".join(part.rstrip(".") for part in (note, published.why) if part)
         return Row(what=what, cells=cells, paper=published.value, comparable=published.comparable, note=together)
 
 
