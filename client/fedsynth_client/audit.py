@@ -144,14 +144,6 @@ def _plans(site: Site, entries: list[Entry]) -> str:
 def _budget(site: Site) -> str:
     """What was spent in all is within the policy, and was spent with unpredictable noise."""
     current, policy = account(site), site.policy()
-    if math.isinf(current.epsilon) and current.marks:
-        if policy.allow_not_private:
-            raise Doubt("not_private", f"budget: {' '.join(current.marks)}", "See the ledger.")
-        raise Refused(
-            "not_private_not_allowed",
-            f"The policy does not allow what was done. {' '.join(current.marks)}",
-            "The policy was tightened since. No private study can use these patients any more.",
-        )
     charged = any(spending.population == "holdout" for spending in current.spendings)
     if charged and current.holdout_epsilon > current.max_holdout_epsilon + 1e-9:
         raise Refused(
@@ -159,6 +151,14 @@ def _budget(site: Site) -> str:
             f"Held-out patients have spent epsilon {current.holdout_epsilon:.4f}; the policy allows "
             f"{current.max_holdout_epsilon:g}.",
             "The policy was tightened, or the cohort prepared anew, since. No evaluation can run under it.",
+        )
+    if math.isinf(current.epsilon) and current.marks:
+        if policy.allow_not_private:
+            raise Doubt("not_private", f"budget: {' '.join(current.marks)}", "See the ledger.")
+        raise Refused(
+            "not_private_not_allowed",
+            f"The policy does not allow what was done. {' '.join(current.marks)}",
+            "The policy was tightened since. No private study can use these patients any more.",
         )
     if current.epsilon > current.max_epsilon + 1e-9:
         raise Refused(

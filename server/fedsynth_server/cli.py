@@ -114,7 +114,7 @@ def make(
         list[str] | None, typer.Option("--count", help="CLASS=PATIENTS, so many of this class; repeat.")
     ] = None,
     balance: Annotated[
-        bool, typer.Option("--balance", help="Equally many patients of each class, however rare it is.")
+        bool, typer.Option("--balance", help="Equally many patients of each class, also of rarer ones.")
     ] = False,
     only: Annotated[list[str] | None, typer.Option("--only", help="CLASS of which patients may be; repeat.")] = None,
     where: Annotated[

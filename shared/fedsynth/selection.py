@@ -11,7 +11,8 @@ What it does not give:
 - The population. A chosen mix of classes, or a subset, is no longer what the hospitals see; prevalences, marginals and
   distances between distributions measured on it say what was chosen, too. So it is said wherever the release is described.
 - Less to look at. A subset that few real patients are in gathers what the model knows of those few in one place. Epsilon
-  bounds this as before; what attackers find is measured on the patients that were drawn, so it is about the subset.
+  bounds this as before. What attackers find is measured on the patients that were drawn, but over all real patients: those
+  who are unlike the subset hide among themselves how far it gives away those who are like it.
 """
 
 from __future__ import annotations

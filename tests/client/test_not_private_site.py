@@ -20,7 +20,7 @@ from fedsynth.errors import Refused
 from fedsynth.plan import Module, StudyPlan, save_plan
 from fedsynth.records import check_reply
 from fedsynth.statement import PrivacyStatement, SiteStatement
-from fedsynth_client.account import account, render
+from fedsynth_client.account import account, current_split, render
 from fedsynth_client.audit import audit
 from fedsynth_client.cli import app
 from fedsynth_client.countersign import _ledger_agrees
@@ -167,6 +167,24 @@ def test_the_audit_of_a_ledger_names_it(exposed: Site) -> None:
     (line,) = [line for line in audit(exposed) if not line.ok]
     assert line.code == "not_private_not_allowed"
     assert "NOT PRIVATE" in " ".join(line.what for line in approved_lines(exposed))
+
+
+def test_what_held_out_patients_spent_is_judged_beside_it(exposed: Site) -> None:
+    ample = Limit(10.0, 1e-5)
+    exposed.ledger().charge(
+        Task("8" * 64, "evaluation", 1),
+        Mechanism(1.0, 5.0, 1),
+        max_grad_norm=1.0,
+        private=True,
+        study_limit=ample,
+        lifetime_limit=ample,
+        population="holdout",
+        split=current_split(exposed) or "",
+    )
+    allow(exposed, max_holdout_epsilon=2.0)
+    assert all(line.ok for line in audit(exposed))
+    allow(exposed, max_holdout_epsilon=0.1)
+    assert [line.code for line in audit(exposed) if not line.ok] == ["holdout_budget_exceeded"]
 
 
 def test_approving_says_in_plain_words_what_it_means(tiny_site: Site, bare: StudyPlan, tmp_path: Path) -> None:
