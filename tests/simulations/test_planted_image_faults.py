@@ -48,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clipped weights": {"loss": "wasserstein", "lipschitz": "weight_clip", "schedule": "linear"},
     "penalty": PENALISED,
     "penalty at fakes": {**PENALISED, "penalty_at": "fakes", "spectral_norm": True},
+    # Generic weights have so steep slopes here that this public part must not hide what is released of patients.
+    "penalty at fakes alone": {**PENALISED, "penalty_at": "fakes"},
     "descent": {"loss": "least_squares", "optimizer": "sgd", "momentum": 0.9},
     "growth": {"architecture": "enhanced", "growth": [1, 1, 1], **PENALISED},
     "private generator": {"loss": "hinge", "l1_weight": 10.0, "feature_matching_weight": 1.0},
@@ -236,6 +238,27 @@ def test_a_penalty_at_interpolates_outside_the_clip_is_caught_by_the_reach_of_on
     monkeypatch.setattr(adversarial, "critic_losses", without_penalty)
     monkeypatch.setattr(Learner, "step", outside)
     assert fails(clipping_binds(plan("penalty"), SITE, "gan"))
+
+
+@pytest.mark.parametrize("options", ["penalty at fakes", "penalty at fakes alone"])
+def test_a_public_penalty_that_is_taken_at_patients_slices_is_caught_by_the_reach_of_one_patient(
+    monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    take = Learner.step
+
+    def beside_patients(self: Learner, patients: int, tensors: Any, losses: Any, public: Any) -> None:
+        def with_penalty(model: nn.Module) -> Tensor:
+            found: Tensor = public(model)
+            if patients:
+                shown, code = (part.flatten(0, 1) for part in tensors(torch.arange(patients)))
+                slopes = gradient_penalties(lambda x: model(x, code), shown)
+                found = found + self._plan.gan.penalty_weight * slopes.mean()
+            return found
+
+        take(self, patients, tensors, losses, with_penalty)
+
+    monkeypatch.setattr(Learner, "step", beside_patients)
+    assert fails(clipping_binds(plan(options), SITE, "gan"))
 
 
 @pytest.mark.parametrize("options", ["clipped weights", "growth", "autoencoder", "tumour"])

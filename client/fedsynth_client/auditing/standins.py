@@ -478,6 +478,9 @@ _OTHER_OPTIONS = {
     "augmentation": [],
     "weight_clip": 1e6,  # a projection of what is noised already
 }
+# Of a penalty at fakes, which is public: with generic weights and a weight of 10 it would be longer than 1e8 clipping norms,
+# and in float32 nothing could be read off beside it. So weighed, one that a fault took of patients would still show.
+_PUBLIC_PENALTY = 1e-4
 
 
 def _general_gan(plan: StudyPlan, rate: float, clip: float) -> StandIn:
@@ -491,6 +494,7 @@ def _general_gan(plan: StudyPlan, rate: float, clip: float) -> StandIn:
             **_OTHER_OPTIONS,
             **_OPTIMISER,
             **(growth if plan.gan.growth else {}),
+            **({"penalty_weight": _PUBLIC_PENALTY} if plan.gan.penalty_at == "fakes" else {}),
             "max_grad_norm": clip,
             "expected_batch": _BATCH,
             "learning_rate": rate,
