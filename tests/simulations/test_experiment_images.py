@@ -244,3 +244,50 @@ def test_intervals_draw_whole_patients():
     assert by_patient.interval == (0.0, 1.0)
     assert by_slice.interval is not None
     assert 0.3 < by_slice.interval[0] < by_slice.interval[1] < 0.7
+
+
+DETECTION = """
+title = "Detection"
+system = "Detectors"
+paper = "None"
+runner = "detection"
+data = "simulated"
+seed = 3
+[[columns]]
+name = "first"
+options.run = "out"
+options.column = "open"
+[[columns]]
+name = "second"
+epsilon = {epsilon}
+options.run = "{run}"
+options.column = "closed"
+[options]
+drawn = 32
+"""
+
+
+def test_detectors_are_asked_about_the_generators_of_another_run(run, monkeypatch):
+    out, _, _ = run
+    monkeypatch.setattr("fedsynth.evaluation.detection.STEPS", 3)
+    spec = out.parent / "detection.toml"
+    spec.write_text(DETECTION.format(epsilon=10.0, run="out"), encoding="utf-8")
+    result = run_experiment(spec, None, out.parent / "detection", quick=False)
+    own, across = result.tables
+    assert own.columns == ["first", "second", "real"]
+    for row in own.rows:
+        assert all(cell.value is None or 0 <= cell.value <= 1 for cell in row.cells.values())
+    # Untrained generators draw noise, which the frequencies give away at once.
+    assert own.rows[1].cells["second"].value > 0.9
+    assert [row.what for row in across.rows] == ["Network trained on: first", "Network trained on: second"]
+    assert result.not_private == ["first"]
+
+
+@pytest.mark.parametrize(("epsilon", "named", "code"), [(5.0, "out", "invalid"), (10.0, "absent", "result_missing")])
+def test_a_detection_of_what_is_not_there_or_not_so_private_is_refused(run, epsilon, named, code):
+    out, _, _ = run
+    spec = out.parent / "wrong.toml"
+    spec.write_text(DETECTION.format(epsilon=epsilon, run=named), encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        run_experiment(spec, None, out.parent / "wrong", quick=False)
+    assert code in caught.value.code
