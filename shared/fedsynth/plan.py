@@ -397,6 +397,11 @@ class GanPlan(TrainingPlan):
                 "gan.discriminator_steps: with the architecture 'vae', l1_weight or feature_matching_weight both networks "
                 "have one private gradient and move together: leave it at 1"
             )
+        if self.discriminator_steps == "adaptive" and self.loss == "wasserstein":
+            raise ValueError(
+                "gan.discriminator_steps = 'adaptive' asks which fakes are seen through, and the scores of loss = "
+                "'wasserstein' have no place where real ends: give a number of steps"
+            )
         self._lipschitz_fits()
         self._spectral_norm_fits()
         return self

@@ -343,6 +343,7 @@ def test_a_plan_that_cannot_be_meant_is_refused(path: Path_, value: object, told
         ({"architecture": "vae", "discriminator_steps": 2}, "leave it at 1"),
         ({"l1_weight": 1.0, "discriminator_steps": "adaptive"}, "leave it at 1"),
         ({"feature_matching_weight": 1.0, "discriminator_steps": 5}, "leave it at 1"),
+        ({"loss": "wasserstein", "discriminator_steps": "adaptive"}, "no place where real ends"),
         ({"lipschitz": "gradient_penalty", "discriminator_norm": "batch"}, "each image's own slope"),
         ({"lipschitz": "weight_clip", "discriminator_trains": "head"}, "has to be 'all'"),
     ],
