@@ -33,13 +33,13 @@ from fedsynth.deployment.keys import check_private, write_private
 from fedsynth.epsilons import shown
 from fedsynth.errors import Refused, UsageError
 from fedsynth.files import sha256_file, write_atomic
-from fedsynth.judging import judge
+from fedsynth.judging import asks_for_selected, judge
 from fedsynth.limits import FILE as LIMITS
 from fedsynth.limits import VIEWS, Limits, load_limits
 from fedsynth.marks import NO_GUARANTEE, marks
 from fedsynth.plan import StudyPlan, load_plan
 from fedsynth.released import ReleasedPatients, read_release
-from fedsynth.selection import selection_faults, told
+from fedsynth.selection import Selected, selection_faults, subset_words, told
 from fedsynth.statement import PrivacyStatement, SiteStatement
 from fedsynth.sums import content_digest, content_faults
 from fedsynth.synthetic import subject_digest
@@ -137,7 +137,7 @@ def prepare(site: Site, candidate: Path, attacks: Path | None) -> Prepared:
     _selected_agrees(patients, plan)
     subject = subject_digest(patients)
     limits = load_limits(candidate / LIMITS)
-    own, words = _own_attacks(limits, plan, statement, subject, policy.site, attacks)
+    own, words = _own_attacks(limits, plan, statement, subject, patients.selected, policy.site, attacks)
     signed = Statement(
         site=policy.site,
         plan_digest=plan.digest,
@@ -289,7 +289,13 @@ def _check_spent(people: str, stated: float, spent: float) -> None:
 
 
 def _own_attacks(
-    limits: Limits, plan: StudyPlan, statement: PrivacyStatement, subject: str, name: str, path: Path | None
+    limits: Limits,
+    plan: StudyPlan,
+    statement: PrivacyStatement,
+    subject: str,
+    selected: Selected | None,
+    name: str,
+    path: Path | None,
 ) -> tuple[OwnAttacks | None, str]:
     """What is stated of the site's own attacks, and in words what they found, which is for the site's staff alone."""
     if path is None:
@@ -313,8 +319,9 @@ def _own_attacks(
             f"Run fedsynth evaluate attacks on this candidate with --cohort {name}=SITE alone.",
         )
     views = [view for view in VIEWS if any(attack.view == view for attack in attacks.membership)]
+    part = any(attack.of_selected for attack in attacks.membership)
     claimed = {site.name: site.epsilon for site in statement.sites}
-    judgements = judge(attacks, limits, views, claimed)
+    judgements = judge(attacks, limits, views, claimed, selected=part)
     failed = [judgement for judgement in judgements if judgement.status == "failed"]
     if failed:
         raise Refused(
@@ -323,8 +330,10 @@ def _own_attacks(
             + " ".join(judgement.finding for judgement in failed),
             "Do not sign. Tell the coordinator that you do not; the figures need not leave.",
         )
-    own = OwnAttacks(report=hashlib.sha256(content).hexdigest(), subject=subject, views=views)
-    left = [view for view in limits.membership.views if view not in views]
+    own = OwnAttacks(report=hashlib.sha256(content).hexdigest(), subject=subject, views=views, selected=part)
+    left = [str(view) for view in limits.membership.views if view not in views]
+    if selected is not None and subset_words(selected.asked, plan) and asks_for_selected(limits) and not part:
+        left.append("those alone who fit what was selected")
     missing = f" Not tried, though asked for: {', '.join(left)}." if left else ""
     found = " ".join(judgement.finding for judgement in judgements)
     return own, f"Your attacks are within the limits.{missing} For your eyes only: {found}"

@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from fedsynth.attacks.values import View
 from fedsynth.epsilons import Epsilon
@@ -42,12 +49,22 @@ class OwnAttacks(_Value):
         report: SHA-256 of the attack report, which stays at the site.
         subject: which synthetic patients were attacked (`fedsynth.synthetic.subject_digest`).
         views: what the attackers saw.
+        selected: whether those alone were attacked, too, who fit what was selected for the release. Said only where it is
+            so: statements about releases of all that the model draws are written as they were.
     """
 
     report: Digest
     subject: Digest
     views: list[View]
+    selected: bool = False
     within_limits: Literal[True] = True
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not self.selected:
+            del content["selected"]
+        return content
 
 
 class Statement(_Value):

@@ -37,7 +37,7 @@ class Judgement:
 
 
 def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapping[str, float]) -> Judgement:
-    """Whether guessing who was trained on, from what `view` shows, stayed within `limits`.
+    """Whether guessing who was trained on, of all patients and from what `view` shows, stayed within `limits`.
 
     Args:
         claimed: the epsilon that each site claims for this study.
@@ -45,10 +45,10 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
     asked = limits.membership
     if view not in asked.views:
         return _not_asked(limits)
-    tried = [attack for attack in attacks.membership if attack.view == view]
-    largest = max((min(attack.members, attack.non_members) for attack in tried), default=0)
+    tried = [attack for attack in attacks.membership if attack.view == view and not attack.of_selected]
     if not tried:
         return Judgement("failed", f"No attack was tried that sees {SEES[view]}.", _TRY_REMEDY)
+    largest = _largest(tried)
     if largest < asked.least_patients:
         return Judgement(
             "failed",
@@ -58,6 +58,47 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
         )
     if view == "release" and (untried := _untried(tried)):
         return Judgement("failed", f"Nobody tried {', '.join(untried)} on {SEES[view]}.", _TRY_REMEDY)
+    return _judged(tried, limits, view, claimed)
+
+
+def judge_selected(attacks: Attacks, limits: Limits, claimed: Mapping[str, float]) -> Judgement:
+    """The same of a release of a part of all patients, for those alone who fit what was selected.
+
+    Args:
+        claimed: the epsilon that each site claims for this study.
+    """
+    asked = limits.membership
+    if not asks_for_selected(limits):
+        return _not_asked(limits)
+    tried = [attack for attack in attacks.membership if attack.of_selected]
+    if not tried:
+        return Judgement("failed", "No attack was tried on those alone who fit what was selected.", _PART_REMEDY)
+    if _largest(tried) < asked.least_patients:
+        return Judgement(
+            "failed",
+            "Attacks on those alone who fit what was selected had too few members or too few others; the limits ask for "
+            f"{asked.least_patients} of each.",
+            _PART_REMEDY,
+        )
+    if untried := _untried(tried):
+        return Judgement(
+            "failed", f"Nobody tried {', '.join(untried)} on those alone who fit what was selected.", _PART_REMEDY
+        )
+    return _judged(tried, limits, "release", claimed)
+
+
+def asks_for_selected(limits: Limits) -> bool:
+    """Whether those who fit what was selected must have been attacked by themselves."""
+    return limits.membership.selected and "release" in limits.membership.views
+
+
+def _largest(tried: Sequence[MembershipAttack]) -> int:
+    """The most members, or others where these are fewer, that any of the attacks had."""
+    return max(min(attack.members, attack.non_members) for attack in tried)
+
+
+def _judged(tried: Sequence[MembershipAttack], limits: Limits, view: View, claimed: Mapping[str, float]) -> Judgement:
+    """What was `tried`, at least one attack, held against the limits and what is claimed."""
     faults = [fault for attack in tried for fault in _faults(attack, limits)]
     refuting = [fault for attack in tried for fault in _refuting(attack, claimed)]
     if faults or refuting:
@@ -71,7 +112,7 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
     return Judgement(
         "ok",
         f"{len(tried)} attacks; the strongest ({worst.title}{_at(worst)}) has an area of {worst.area.value:.3f}, at least "
-        f"{worst.area.low:.3f}; {_limit(asked.area_of(view))}. None proves an epsilon above "
+        f"{worst.area.low:.3f}; {_limit(limits.membership.area_of(view))}. None proves an epsilon above "
         f"{max(attack.epsilon_bound for attack in tried):.2f}; {shown(max(claimed.values(), default=0.0), 2)} is claimed.",
     )
 
@@ -79,6 +120,11 @@ def judge_membership(attacks: Attacks, limits: Limits, view: View, claimed: Mapp
 _TRY_REMEDY = (
     "Run the attacks with more patients (all sites together) and, for the coordinator's view, with the messages of the "
     "training, where they were kept; or leave this view out of the limits, with a reason."
+)
+_PART_REMEDY = (
+    "Run the attacks on this candidate, with its selection.json, and with more patients (all sites together); why they were "
+    "not made stands under not_done in their report. Or select a larger part, or set membership.selected to false in the "
+    "limits, with a reason: nobody has tried then whether those few can be told from others."
 )
 _LEAKS_REMEDY = (
     "Do not release these patients. Draw fewer or others, train with a smaller epsilon, or find what the model memorised; "
@@ -212,7 +258,15 @@ def _not_asked(limits: Limits) -> Judgement:
     return Judgement("not asked", f"The limits do not ask for it: {limits.reason}")
 
 
-def judge(attacks: Attacks, limits: Limits, views: Collection[View], claimed: Mapping[str, float]) -> list[Judgement]:
-    """All judgements of `attacks` that saw `views`, for whoever wants to know whether everything holds."""
+def judge(
+    attacks: Attacks, limits: Limits, views: Collection[View], claimed: Mapping[str, float], *, selected: bool
+) -> list[Judgement]:
+    """All judgements of `attacks` that saw `views`, for whoever wants to know whether everything holds.
+
+    Args:
+        selected: judge those on patients who fit what was selected, too.
+    """
     seen = [judge_membership(attacks, limits, view, claimed) for view in VIEWS if view in views]
+    if selected:
+        seen.append(judge_selected(attacks, limits, claimed))
     return [*seen, judge_attributes(attacks, limits), judge_copies(attacks, limits)]

@@ -39,6 +39,8 @@ class MembershipLimits(Section):
         coordinator_true_positive_rate: likewise.
         least_patients: at least one attack of each view must have been tried on so many members and so many others; with
             fewer no attack could fail, and none would mean anything.
+        selected: whether a release of a part of all patients (`fedsynth.selection.subset_words`) must have been attacked
+            with those alone who fit it, too, so many of them likewise.
     """
 
     views: list[View] = Field(default=list(VIEWS))
@@ -47,6 +49,7 @@ class MembershipLimits(Section):
     coordinator_area: Annotated[float, Field(ge=0.5, le=1)] = 1.0
     coordinator_true_positive_rate: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     least_patients: Annotated[int, Field(ge=2)] = 20
+    selected: bool = True
 
     def area_of(self, view: View) -> float:
         """The limit of the area of an attacker who sees `view`."""
@@ -121,7 +124,9 @@ class Limits(Section):
 
     @model_validator(mode="after")
     def _what_is_left_out_has_a_reason(self) -> Self:
-        whole = set(self.membership.views) == set(VIEWS) and self.attributes.asked and self.copies.asked
+        membership = self.membership
+        whole = set(membership.views) == set(VIEWS) and self.attributes.asked and self.copies.asked
+        whole = whole and membership.selected
         if not whole and len(self.reason.strip()) < 10:
             raise ValueError("reason: say in a sentence why not every attack is asked for; the report quotes it")
         if self.loosened and len(self.reason.strip()) < 10:
@@ -142,7 +147,12 @@ def load_limits(path: Path) -> Limits:
 
 def limits_toml(limits: Limits) -> str:
     """`limits` as TOML; `load_limits` gives back equal ones."""
-    return tomli_w.dumps(limits.model_dump(mode="json"))
+    content = limits.model_dump(mode="json")
+    if (
+        limits.membership.selected
+    ):  # it says nothing of a release of all that the model draws, which keeps the file it had
+        del content["membership"]["selected"]
+    return tomli_w.dumps(content)
 
 
 TEMPLATE = """\
@@ -166,6 +176,8 @@ coordinator_area = 1.0
 coordinator_true_positive_rate = 1.0
 # An attack on fewer members or fewer others proves nothing.
 least_patients = 20
+# A release of chosen classes or ranges of morphology: must those who fit them have been attacked by themselves, too?
+selected = true
 
 [attributes]  # a part of a patient from another part: are those who were trained on guessed better?
 asked = true

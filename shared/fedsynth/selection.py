@@ -11,8 +11,11 @@ What it does not give:
 - The population. A chosen mix of classes, or a subset, is no longer what the hospitals see; prevalences, marginals and
   distances between distributions measured on it say what was chosen, too. So it is said wherever the release is described.
 - Less to look at. A subset that few real patients are in gathers what the model knows of those few in one place. Epsilon
-  bounds this as before. What attackers find is measured on the patients that were drawn, but over all real patients: those
-  who are unlike the subset hide among themselves how far it gives away those who are like it.
+  bounds this as before. Real patients who are unlike a subset would hide among themselves how far it gives away those who
+  are like it, so membership inference from the release is tried on those alone, too, who fit its classes and ranges
+  (`fits`). Guessed attributes are still measured over all real patients. Where a mix takes patients of every class, nobody
+  is left out and nothing is tried on one class alone: of a minority drawn more often than it occurs, what leaks stays
+  diluted by the others.
 """
 
 from __future__ import annotations
@@ -131,6 +134,16 @@ class Selection(_Value):
             each, over = divmod(self.patients, len(asked))
             return {name: each + (place < over) for place, name in enumerate(asked) if each + (place < over)}
         return {asked[0]: self.patients} if len(asked) == 1 else None
+
+    def classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Those of the plan's `classes` that patients may have.
+
+        >>> Selection(patients=5, only=("high",)).classes(["low", "high"])
+        ('high',)
+        """
+        numbers = self.per_class(classes)
+        held = numbers if numbers is not None else self.only or classes
+        return tuple(name for name in classes if name in held)
 
 
 class Measured(_Value):
@@ -342,6 +355,36 @@ def words(asked: Selection, plan: StudyPlan) -> list[str]:
 def told(selected: Selected, plan: StudyPlan) -> list[str]:
     """What was chosen and what came of it, in sentences for people."""
     return [*words(selected.asked, plan), *(each.words for each in selected.measured)]
+
+
+def subset_words(asked: Selection, plan: StudyPlan) -> str:
+    """Which part of all patients was asked for, in words; empty where patients of every class and morphology may be there.
+
+    A mix of all classes, whatever their numbers, is no part: whoever is real fits it.
+    """
+    held = asked.classes(plan.label.classes)
+    classes = [] if len(held) == len(plan.label.classes) else [f"{plan.label.name} {' or '.join(held)}"]
+    return "; ".join([*classes, *(each.words for each in asked.where)])
+
+
+def fits(
+    asked: Selection, plan: StudyPlan, labels: NDArray[np.integer], morphology: NDArray[np.floating]
+) -> NDArray[np.bool_]:
+    """(N,) which real patients are in the part of all that was asked for (`subset_words`).
+
+    Args:
+        asked: the selection.
+        plan: the study's.
+        labels: (N,) class codes; -1 where unknown, which is in no chosen class.
+        morphology: (N, F) as measured, in physical units and the plan's order; NaN, which is in no range, where it was not.
+    """
+    held = asked.classes(plan.label.classes)
+    inside = np.ones(len(labels), dtype=np.bool_)
+    if len(held) < len(plan.label.classes):
+        inside &= np.isin(labels, [plan.label.classes.index(name) for name in held])
+    for each in asked.where:
+        inside &= each.holds(morphology[:, plan.morphology.features.index(each.feature)])
+    return inside
 
 
 def selection_faults(

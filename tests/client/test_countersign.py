@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fedsynth.attacks.values import (
     RELEASE_ATTACKS,
+    SELECTED,
     Attacks,
     AttributeAttack,
     CopyCheck,
@@ -350,6 +351,33 @@ def forged(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     change(value)
     write_json(path, value)
     return path
+
+
+def test_a_site_vouches_for_those_who_fit_a_selection_only_if_it_attacked_them_alone(study: Study) -> None:
+    chosen = ["--patients", 3, "--only", "high", "--limits", study.folder / "limits.toml"]
+    run("make", study.folder / "study", "--out", study.folder / "chosen", "--candidate", *chosen)
+    shutil.rmtree(study.candidate)
+    (study.folder / "chosen-candidate").rename(study.candidate)
+    report = attack_report(study, study.folder / "all.json")
+    prepared = prepare(study.site("a"), study.candidate, report)
+    assert "Not tried, though asked for: those alone who fit what was selected." in prepared.summary
+    assert '"selected"' not in prepared.statement.model_dump_json()
+    found = refused(study, signed_by(study, "a"), signed_by(study, "b"))
+    assert set(found) == {"membership-selected"}
+    assert "a, b did not countersign" in found["membership-selected"]
+
+    alone = [attack.model_copy(update={"id": f"{attack.id}{SELECTED}"}) for attack in _reported(report).membership]
+    both = [*_reported(report).membership, *alone]
+    prepared = prepare(study.site("a"), study.candidate, attack_report(study, report, membership=both))
+    assert prepared.statement.attacks is not None and prepared.statement.attacks.selected
+    leaks = [*both[:-1], both[-1].model_copy(update={"area": Rate(value=0.9, low=0.8, high=0.95)})]
+    with pytest.raises(Refused) as refusal:
+        prepare(study.site("a"), study.candidate, attack_report(study, report, membership=leaks))
+    assert refusal.value.code == "attacks_above_limits"
+
+
+def _reported(path: Path) -> Attacks:
+    return Attacks.model_validate_json(path.read_bytes())
 
 
 def test_a_statement_that_was_changed_on_the_way_is_not_the_sites(study: Study) -> None:

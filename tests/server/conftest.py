@@ -13,6 +13,7 @@ import pytest
 
 from fedsynth.attacks.values import (
     RELEASE_ATTACKS,
+    SELECTED,
     Attacks,
     AttributeAttack,
     CopyCheck,
@@ -225,6 +226,12 @@ def membership(view: View, **changes: Any) -> MembershipAttack:
     return MembershipAttack(**(values | changes))
 
 
+def with_part(attacks: Attacks) -> Attacks:
+    """The same, as if those who fit what was selected had been attacked by themselves, too."""
+    part = [membership("release", id=f"{name}-genes{SELECTED}", title=f"{name}, part") for name in RELEASE_ATTACKS]
+    return attacks.model_copy(update={"membership": [*attacks.membership, *part]})
+
+
 @pytest.fixture(scope="session")
 def release_attacks(release_plan: StudyPlan, release_patients: list[SyntheticPatient]) -> Attacks:
     """Attacks on the patients of the release that find nothing."""
@@ -299,6 +306,8 @@ def make(
         if isinstance(patients, list) and patients:
             about = {"subject": subject_digest(patients), "n_synthetic": len(patients)}
             arguments["attacks"] = arguments["attacks"].model_copy(update=about)
+        if changes.get("selected") is not None:
+            arguments["attacks"] = with_part(arguments["attacks"])
         return make_release(out, **(arguments | changes))
 
     return make_changed

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from fedsynth.attacks.run import attack_release
-from fedsynth.attacks.values import Attacks
+from fedsynth.attacks.values import RELEASE_ATTACKS, SELECTED, Attacks, Rate
 from fedsynth.auditing.values import Audit
 from fedsynth.errors import JobFailed, Refused, UsageError
 from fedsynth.evaluation import utility as utility_module
 from fedsynth.evaluation.evaluate import evaluate
 from fedsynth.evaluation.patients import Patients
+from fedsynth.limits import Limits, MembershipLimits
 from fedsynth.metrics.domain_extractor import DomainExtractor
 from fedsynth.morphology import denormalise
 from fedsynth.plan import StudyPlan
@@ -58,6 +59,14 @@ def only_t1c(patients: list[SyntheticPatient]) -> list[SyntheticPatient]:
 @pytest.fixture(scope="module")
 def patients(release_patients: list[SyntheticPatient]) -> list[SyntheticPatient]:
     return only_t1c(release_patients)
+
+
+@pytest.fixture(scope="module")
+def part_attacks(release_attacks: Attacks) -> Attacks:
+    """Those who fit were attacked by themselves, too, and nothing was found."""
+    one = release_attacks.membership[0]
+    part = [one.model_copy(update={"id": f"{name}-genes{SELECTED}", "title": name}) for name in RELEASE_ATTACKS]
+    return release_attacks.model_copy(update={"membership": [*release_attacks.membership, *part]})
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +144,56 @@ def test_the_gate_refuses_patients_who_are_not_as_selected(
         make(tmp_path / "more", patients=release_patients, selected=chosen())
 
 
+def test_the_gate_asks_for_attacks_on_those_alone_who_fit(
+    make: Make, tmp_path: Path, patients: list[SyntheticPatient], release_attacks: Attacks, part_attacks: Attacks
+) -> None:
+    about = {"subject": subject_digest(patients)}
+
+    def refused(attacks: Attacks) -> str:
+        with pytest.raises(ReleaseRefused) as refusal:
+            out = tmp_path / str(len(list(tmp_path.iterdir())))
+            given = attacks.model_copy(update=about)
+            make(out, patients=patients, selected=chosen(), attacks=given, formats={"bids"})
+        (failed,) = refusal.value.decision.failed
+        assert failed.id == "membership-selected"
+        assert "volume of at least 0.5 mL" in failed.title
+        return failed.finding
+
+    assert "No attack was tried on those alone" in refused(release_attacks)
+
+    def one_changed(**changes: Any) -> Attacks:
+        return part_attacks.model_copy(
+            update={
+                "membership": [
+                    each.model_copy(update=changes) if each.id == f"calibrated-genes{SELECTED}" else each
+                    for each in part_attacks.membership
+                ]
+            }
+        )
+
+    assert "0.150 above the limit of 0.55" in refused(one_changed(area=Rate(value=0.9, low=0.7, high=0.97)))
+    assert "proves an epsilon of at least 90.00" in refused(one_changed(epsilon_bound=90.0))
+    few = [each.model_copy(update={"members": 12}) if each.of_selected else each for each in part_attacks.membership]
+    assert "the limits ask for 20" in refused(part_attacks.model_copy(update={"membership": few}))
+    # Left out with a reason, which whoever gets the release is told.
+    spared = Limits(reason="Only few are so ill.", membership=MembershipLimits(selected=False))
+    out = tmp_path / "spared"
+    given = release_attacks.model_copy(update=about)
+    make(out, patients=patients, selected=chosen(), attacks=given, formats={"bids"}, limits=spared)
+    result = verify(out, out / "release.pub.pem")
+    assert result.ok
+    (warning,) = [warning for warning in result.warnings if warning.startswith("Not checked")]
+    assert "who fit what was selected" in warning and "Only few are so ill." in warning
+
+
+def test_a_mix_of_all_classes_is_no_part_that_is_attacked_by_itself(
+    make: Make, tmp_path: Path, patients: list[SyntheticPatient], release_attacks: Attacks
+) -> None:
+    given = release_attacks.model_copy(update={"subject": subject_digest(patients)})
+    out = make(tmp_path / "mix", patients=patients, selected=chosen(where=()), attacks=given, formats={"bids"})
+    assert "membership-selected" not in (out / "gate.json").read_text()
+
+
 def test_a_selection_that_somebody_else_wrote_is_found(whole: Path, tmp_path: Path) -> None:
     forged = Path(shutil.copytree(whole, tmp_path / "forged"))
     text = (forged / "selection.json").read_text()
@@ -151,7 +210,7 @@ def test_a_candidate_of_a_selection_becomes_its_release(
     release_statement: PrivacyStatement,
     release_key: Path,
     release_audit: Audit,
-    release_attacks: Attacks,
+    part_attacks: Attacks,
     patients: list[SyntheticPatient],
     tmp_path: Path,
 ) -> None:
@@ -160,7 +219,7 @@ def test_a_candidate_of_a_selection_becomes_its_release(
         out, release_plan, patients, release_statement, {}, released, ["dicom"], selected=chosen()
     )
     assert subject_of(open_release(candidate)) == subject_digest(patients)
-    attacks = release_attacks.model_copy(update={"subject": subject_digest(patients)})
+    attacks = part_attacks.model_copy(update={"subject": subject_digest(patients)})
     made = finish_release(candidate, out, release_key, audit=release_audit, attacks=attacks)
     assert verify(made).ok
     assert selected_in(made, release_plan) == chosen()

@@ -25,8 +25,17 @@ from fedsynth.errors import Refused
 from fedsynth.evaluation.site_values import FILE as SITE_EVALUATION
 from fedsynth.evaluation.values import may_be_shared
 from fedsynth.files import read_json, sha256_file
-from fedsynth.judging import SEES, Judgement, judge_attributes, judge_copies, judge_membership
+from fedsynth.judging import (
+    SEES,
+    Judgement,
+    asks_for_selected,
+    judge_attributes,
+    judge_copies,
+    judge_membership,
+    judge_selected,
+)
 from fedsynth.plan import Activity, StudyPlan
+from fedsynth.selection import subset_words
 from fedsynth.sums import content_digest
 from fedsynth_server.release.checks import Check
 from fedsynth_server.release.decision import GateCheck, GateDecision, override_is_signed
@@ -62,6 +71,7 @@ def decide(release: Release, evidence: Evidence, content: Sequence[Check], code:
         *_privacy(release),
         _audit(release, evidence.audit, code),
         _membership(release, evidence, signed, subject, "release"),
+        *_selected(release, evidence, signed, subject),
         _membership(release, evidence, signed, subject, "coordinator"),
         _attributes(evidence, signed, subject),
         _copies(evidence, signed, subject),
@@ -259,6 +269,26 @@ def _membership(release: Release, evidence: Evidence, signed: _Signed, subject: 
         reason=evidence.limits.reason,
         covered=lambda own: view in own.views,
     )
+
+
+def _selected(release: Release, evidence: Evidence, signed: _Signed, subject: str) -> list[GateCheck]:
+    """Membership inference once more, of those who are in the part of all patients that was selected; if one was."""
+    if release.selected is None or not (part := subset_words(release.selected.asked, release.plan)):
+        return []
+    claimed = {site.name: site.epsilon for site in release.statement.sites}
+    return [
+        _attacked(
+            "membership-selected",
+            f"Membership inference from the release, of those alone who fit what was selected ({part})",
+            evidence.attacks,
+            signed,
+            subject,
+            lambda attacks: judge_selected(attacks, evidence.limits, claimed),
+            asked=asks_for_selected(evidence.limits),
+            reason=evidence.limits.reason,
+            covered=lambda own: own.selected,
+        )
+    ]
 
 
 def _attributes(evidence: Evidence, signed: _Signed, subject: str) -> GateCheck:

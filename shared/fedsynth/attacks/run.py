@@ -29,16 +29,19 @@ from fedsynth.attacks.descriptions import (
     scale_of,
 )
 from fedsynth.attacks.distances import sanity_distances
+from fedsynth.attacks.rates import MIN_PATIENTS
 from fedsynth.attacks.scored import Attempt, Scored, done, measured, parted
 from fedsynth.attacks.transcript import Transcript
-from fedsynth.attacks.values import Attacks, AttributeAttack, CopyCheck, Distances
+from fedsynth.attacks.values import SELECTED, Attacks, AttributeAttack, CopyCheck, Distances
 from fedsynth.errors import UsageError
 from fedsynth.evaluation.evaluate import phantom_extractor
 from fedsynth.evaluation.patients import Patients, seen
 from fedsynth.metrics.domain_extractor import DomainExtractor
+from fedsynth.metrics.measurable import NotMeasurable
+from fedsynth.morphology import denormalise
 from fedsynth.plan import StudyPlan
 from fedsynth.progress import say
-from fedsynth.selection import Selected, sequences_of, with_sequences
+from fedsynth.selection import Selected, Selection, fits, sequences_of, subset_words, with_sequences
 from fedsynth.synthetic import SyntheticPatient, subject_digest
 
 _NAMES: dict[Space, str] = {"images": "images", "genes": "genes", "both": "images and genes"}
@@ -102,7 +105,8 @@ def attack_release(
         transcript: the messages of training; without it nothing is attacked from the coordinator's view.
         selected: what was selected for the release. Where it holds fewer sequences than the plan, who has the release
             compares by these alone, and so must `public_only` patients and `extractor` be of these; the coordinator's view
-            is that of training, with all sequences.
+            is that of training, with all sequences. Where it is a part of all patients, by class or morphology, the release
+            is attacked once more with those members and non-members alone who are in that part.
 
     Raises:
         UsageError: ``sites_differ``: training and held-out patients are not of the same sites;
@@ -131,7 +135,9 @@ def attack_release(
     subject = subject_digest(_noted(synthetic, names))
     not_done: list[str] = []
     say("Attacking the release")
-    scored = done(_release_attacks(sides), not_done)
+    scored = done(_release_attacks(sides, _everybody(sides)), not_done)
+    if selected is not None and (part := subset_words(selected.asked, plan)):
+        scored += done(_part_attacks(sides, _fitting(sides, selected.asked, plan, part)), not_done)
     if transcript is None:
         not_done.append("The coordinator's view: the messages of training are not at hand.")
     else:
@@ -167,6 +173,67 @@ def attack_release(
     )
 
 
+@dataclass(frozen=True)
+class _Attacked:
+    """Who is scored by the release; the sample that some attackers have is of all patients, whoever is scored.
+
+    Attributes:
+        members: were trained on.
+        others, judged: non-members of attackers without a sample, and of those with one.
+        part: which part of all patients these are, in words; empty for everybody.
+    """
+
+    members: Described
+    others: Described
+    judged: Described
+    part: str = ""
+
+
+def _everybody(sides: _Sides) -> _Attacked:
+    return _Attacked(sides.train, sides.holdout, sides.holdout.take(sides.judged))
+
+
+def _fitting(sides: _Sides, asked: Selection, plan: StudyPlan, part: str) -> _Attacked:
+    """Those who are in the `part` of all patients that was asked for, by their real label and measured morphology."""
+
+    def inside(patients: Described) -> Described:
+        physical = denormalise(patients.morphology, plan.morphology.features)
+        return patients.take(fits(asked, plan, patients.labels, physical))
+
+    everybody = _everybody(sides)
+    return _Attacked(inside(everybody.members), inside(everybody.others), inside(everybody.judged), part)
+
+
+def _part_attacks(sides: _Sides, attacked: _Attacked) -> Iterator[Attempt[Scored]]:
+    """The attacks on a part of all patients; where it is too small for any, the reason once for all of them."""
+    sizes = len(attacked.members), len(attacked.others)
+
+    def enough() -> list[Scored]:
+        _require_enough(*sizes)
+        return []
+
+    yield f"The release against {_only(attacked.part)}", enough
+    if min(sizes) >= MIN_PATIENTS:
+        yield from _release_attacks(sides, attacked)
+
+
+def _only(part: str) -> str:
+    return f"those patients alone who fit what was selected ({part})"
+
+
+def _require_enough(members: int, others: int) -> None:
+    """Refuse to attack a part of the patients that is too small, in words that do not say how small it is.
+
+    Raises:
+        NotMeasurable: fewer than `MIN_PATIENTS` on either side.
+    """
+    sides = (("were trained on", members), ("were held out", others))
+    if few := [side for side, number in sides if number < MIN_PATIENTS]:
+        raise NotMeasurable(
+            f"fewer than {MIN_PATIENTS} of those who {' and of those who '.join(few)} fit and have what is compared"
+        )
+
+
 def _noted(patients: Iterable[SyntheticPatient], names: list[str]) -> Iterator[SyntheticPatient]:
     """The patients; their names go to `names` on the way, since patients of a release are read from disk each time."""
     for patient in patients:
@@ -197,8 +264,8 @@ class _Method:
     score: Callable[[release.Points, release.Points, release.Points], NDArray[np.float64]]
 
 
-def _release_attacks(sides: _Sides) -> Iterator[Attempt[Scored]]:
-    everybody, judged, public = sides.holdout, sides.holdout.take(sides.judged), sides.public_only
+def _release_attacks(sides: _Sides, attacked: _Attacked) -> Iterator[Attempt[Scored]]:
+    everybody, judged, public = attacked.others, attacked.judged, sides.public_only
     sample = sides.holdout.take(sides.reference)
     methods = (
         _Method(
@@ -240,17 +307,24 @@ def _release_attacks(sides: _Sides) -> Iterator[Attempt[Scored]]:
     )
     for method in methods:
         for space in SPACES:
-            yield f"{method.title}, {_NAMES[space]}", partial(_scored, sides, method, space)
+            yield _title(method, space, attacked), partial(_scored, sides, attacked, method, space)
 
 
-def _scored(sides: _Sides, method: _Method, space: Space) -> list[Scored]:
-    inside, outside = sides.points(sides.train, space), sides.points(method.judged, space)
+def _title(method: _Method, space: Space, attacked: _Attacked) -> str:
+    title = f"{method.title}, {_NAMES[space]}"
+    return f"{title}, against {_only(attacked.part)}" if attacked.part else title
+
+
+def _scored(sides: _Sides, attacked: _Attacked, method: _Method, space: Space) -> list[Scored]:
+    inside, outside = sides.points(attacked.members, space), sides.points(method.judged, space)
+    if attacked.part:
+        _require_enough(len(inside), len(outside))
     made, others = sides.points(sides.synthetic, space), sides.points(method.reference, space)
     members, non_members = parted(method.score(np.concatenate([inside, outside]), made, others), len(inside))
     return [
         Scored(
-            f"{method.id}-{space}",
-            f"{method.title}, {_NAMES[space]}",
+            f"{method.id}-{space}{SELECTED if attacked.part else ''}",
+            _title(method, space, attacked),
             "release",
             method.knows,
             method.source,

@@ -10,6 +10,8 @@ View = Literal["release", "coordinator"]
 
 # Ways to tell from a release who was trained on; ids of attacks begin with them.
 RELEASE_ATTACKS = ("nearest-neighbour", "monte-carlo", "calibrated", "density-ratio")
+# Ids of attacks on those real patients alone who fit what was selected for the release end with it.
+SELECTED = "-selected"
 
 
 class _Value(BaseModel):
@@ -41,7 +43,7 @@ class MembershipAttack(_Value):
     """One attack that scores patients by how much it believes that they were trained on.
 
     Attributes:
-        id: ``"nearest-neighbour"``, ...
+        id: ``"nearest-neighbour"``, ...; with `SELECTED` at its end, of those who fit what was selected.
         view: what the attacker sees.
         knows: what else the attacker is assumed to have, in plain words.
         source: the paper.
@@ -69,6 +71,11 @@ class MembershipAttack(_Value):
     epsilon_bound: float
     largest_bound: float | None = None
     note: str = ""
+
+    @property
+    def of_selected(self) -> bool:
+        """Whether only those were attacked who fit what was selected for the release."""
+        return self.id.endswith(SELECTED)
 
 
 class AttributeAttack(_Value):
