@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedsynth.dp import step as dp_step
 from fedsynth.dp.accounting import Mechanism
 from fedsynth.dp.randomness import SeededRandomness
 from fedsynth.models.dcgan import initialise
@@ -18,7 +19,6 @@ from fedsynth.models.trainable import make_trainable, trainable_parameters
 from fedsynth.plan import StudyPlan, Trains
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
-from fedsynth.dp import step as dp_step
 from fedsynth_client.training.adaptive_steps import (
     LADDER,
     Pace,
