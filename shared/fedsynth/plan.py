@@ -293,7 +293,8 @@ SMALLEST_IMAGE = 8  # pixels at which a growing network begins
 
 class GanPlan(TrainingPlan):
     """The networks that make images. Each private step trains the local discriminator once; every `discriminator_steps` of
-    them are followed by one generator step, which sees private data only through the discriminator.
+    them are followed by one generator step, which sees private data only through the discriminator (but for
+    `l1_weight`, `feature_matching_weight` and ``"vae"``, below).
 
     With ``"adaptive"`` that number climbs 1, 2, 5, 10, 20, ... (never above `steps_per_round`) as the discriminator's
     moving-average accuracy on fakes, of memory `adaptive_memory`, falls to `adaptive_accuracy` (Bie, Kamath, Zhang
