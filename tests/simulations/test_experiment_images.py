@@ -185,6 +185,28 @@ def test_other_settings_are_trained_anew(run, monkeypatch):
     assert calls == [1]
 
 
+def test_what_a_search_found_is_what_the_settings_say(tmp_path):
+    text = SPEC.replace("rounds = 2\n", "rounds = 1\n").split("[[columns]]")
+    options = """
+[[columns]]
+name = "open"
+[options]
+measures = ["losses"]
+drawn = 8
+shown = 8
+[options.search]
+rounds = 1
+drawn = 8
+scale = 1
+grid = { generator_batch = [2] }
+"""
+    path = tmp_path / "searched.toml"
+    path.write_text(text[0] + options, encoding="utf-8")
+    result = run_experiment(path, None, tmp_path / "out", quick=False)
+    assert trained_in(tmp_path / "out", "open").plan.gan.generator_batch == 2
+    assert result.settings["gan.generator_batch"] == "2"
+
+
 def test_a_plan_comes_back_from_its_text(run):
     out, _, _ = run
     for column in ("open", "closed"):

@@ -21,9 +21,10 @@ from fedsynth_client.training.block import BlockResult
 from fedsynth_simulations.experiments import autoencoder, radiogenomics
 from fedsynth_simulations.experiments.profiles import network_plan, read_profiles, run_rounds, zscore_panel
 from fedsynth_simulations.experiments.radiogenomic_data import RadiogenomicData
-from fedsynth_simulations.experiments.run import Experiment
+from fedsynth_simulations.experiments.run import Experiment, Kept
 from fedsynth_simulations.experiments.spec import find, load_spec
 from fedsynth_simulations.experiments.values import Row, Table
+from fedsynth_simulations.plans import simulated_genes
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FEDSYNTH_REAL_DATA", ROOT.parent / "shared" / "data"))
@@ -224,6 +225,33 @@ def test_the_network_learns_the_same_link_and_its_curve_falls() -> None:
     assert 1 - ((found - real) ** 2).sum() / ((real - data.morphology[~held].mean(axis=0)) ** 2).sum() > 0.7
     assert len(curve["train"]) == 5
     assert curve["validation"][-1] < 0.5 * curve["validation"][0]
+
+
+def test_another_encoder_trains_its_columns_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, trained = linear_data(), []
+    data = RadiogenomicData(**{**vars(data), "panel": simulated_genes()})
+    folds = radiogenomics.fold_of_patients(len(data.genes), 5, 1)
+
+    def train(*_: object) -> Kept:
+        trained.append(1)
+        return Kept({"predicted": torch.zeros(1)})
+
+    monkeypatch.setattr(radiogenomics, "_train", train)
+
+    def run(rounds: int, profiles: NDArray[np.float32]) -> int:
+        spec = load_spec(find("radiogenomic-dnn-simulated"))
+        plan = {**spec.plan, "autoencoder": {**spec.plan["autoencoder"], "rounds": rounds}}
+        experiment = Experiment(spec.model_copy(update={"plan": plan}), None, tmp_path, False)
+        others = RadiogenomicData(**{**vars(data), "encoder_profiles": profiles})
+        column = experiment.spec.columns[1]
+        of_column = radiogenomics._plan(experiment, column, others, folds)
+        radiogenomics._kept(experiment, column, of_column, others, folds)
+        return len(trained)
+
+    assert run(10, data.encoder_profiles) == 1
+    assert run(10, data.encoder_profiles) == 1
+    assert run(20, data.encoder_profiles) == 2
+    assert run(20, data.encoder_profiles + 1) == 3
 
 
 # --- the shipped specifications --------------------------------------------------------------------------------------

@@ -70,6 +70,20 @@ def test_what_is_misspelt_is_refused_by_name(tmp_path, more, named):
     assert named in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("plan.translation.width = 4", "does not look at translation"),
+        ("plan.image.size = 64", "all columns share the data"),
+        ("epsilon = 10.0\nplan.privacy.epsilon = inf", "by which it is marked"),
+        ("[plan.privacy]\nepsilon = 10.0", "by which it is marked"),
+    ],
+)
+def test_what_would_be_printed_as_a_setting_and_not_be_one_is_refused(tmp_path, more, named):
+    with pytest.raises(UsageError, match=named):
+        load_spec(written(tmp_path, MINIMAL + more))
+
+
 def test_columns_that_share_a_folder_are_refused(tmp_path):
     with pytest.raises(UsageError, match="columns"):
         load_spec(written(tmp_path, MINIMAL + '[[columns]]\nname = "One!"\n'))

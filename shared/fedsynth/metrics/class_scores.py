@@ -1,7 +1,7 @@
 """Scores of a classifier's posteriors: Inception, Mode and AM score.
 
 All three see a slice only through which class it looks like. Whoever reports them names the classifier: with another
-one they are other numbers, and with K classes the first two lie between 1 and K.
+one they are other numbers, and with K classes the Inception score lies between 1 and K, the Mode score between 0 and K.
 """
 
 from __future__ import annotations

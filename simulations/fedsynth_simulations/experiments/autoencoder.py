@@ -40,6 +40,7 @@ from fedsynth_simulations.plans import simulated_genes
 
 _RESAMPLES = 2000
 _SIMULATED_HOSPITALS = 12
+SECTIONS = frozenset({"autoencoder", "privacy", "aggregation"})  # of the plan, that a specification may set
 Floats = NDArray[np.float64]
 
 

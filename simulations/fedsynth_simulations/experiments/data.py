@@ -5,6 +5,7 @@ Where an image is a patient of its own (the tumour slices have lost their patien
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,8 @@ def _tcga_lgg(experiment: Experiment, image: Mapping[str, object]) -> ImageData:
     sites: dict[str, Patients] = {}
     tests: list[Patients] = []
     for name in names:
-        grid = f"{'-'.join(plan.image.sequences)}-{plan.image.size}-{plan.image.slices}".lower()
+        made_by = f"{plan.image.model_dump_json()} {experiment.spec.seed} {folder.resolve()}"
+        grid = f"{plan.image.size}-{plan.image.slices}-{hashlib.sha256(made_by.encode()).hexdigest()[:12]}"
         cohort_folder = experiment.out / "cohorts" / f"{name.lower()}-{grid}"
         if not cohort_folder.is_dir():
             say(f"Preparing site {name}")

@@ -28,6 +28,8 @@ from fedsynth_simulations.experiments.spec import Column
 from fedsynth_simulations.experiments.training import Trained, trained_in
 from fedsynth_simulations.experiments.values import Cell, Table
 
+SECTIONS: frozenset[str] = frozenset()  # of the plan, that a specification may set: the generators are trained already
+
 
 class Options(Section):
     """Of the runner: `drawn` synthetic slices of each generator, half of them to learn from."""

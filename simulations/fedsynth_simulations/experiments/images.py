@@ -46,6 +46,7 @@ _MEASURES: Mapping[MeasureName, Measure] = {
     "consistency": sequences.consistency,
 }
 _GRID_COLUMNS = 8
+SECTIONS = frozenset({"image", "gan", "privacy", "aggregation"})  # of the plan, that a specification may set
 
 
 class Minority(Section):
@@ -114,6 +115,7 @@ def run(experiment: Experiment) -> Findings:
             "Noise comes from a seeded stream of the scale that the charge states, so that the run can be repeated.",
             *(note for measured in (findings, *found) for note in measured.notes),
         ],
+        experiment.spec,
     )
 
 
@@ -149,7 +151,7 @@ def _costs(experiment: Experiment, trained: Mapping[str, Trained]) -> list[Row]:
     seconds = {name: Cell(value=each.seconds) for name, each in trained.items()}
     return [
         experiment.row("epsilon", "Epsilon spent (delta as in the plan)", spent),
-        experiment.row("steps", "Private steps at a site", steps),
+        experiment.row("steps", "Steps at a site", steps),
         experiment.row("seconds", "Seconds of training", seconds),
     ]
 

@@ -6,6 +6,7 @@ physical units. The DNN is trained by the client's own block: of a column with p
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _COMPONENTS = 16
 OLS, RIDGE, COMPONENTS = "least squares", "ridge", f"least squares on {_COMPONENTS} components"
 MEAN, CONSTANT = "training mean", "constant of least MAPE"
 _RESAMPLES = 2000
+# Of the plan, that a specification may set.
+SECTIONS = frozenset({"image", "morphology", "autoencoder", "radiogenomics", "privacy", "aggregation"})
 _PENALTIES = np.logspace(0, 6, 13)
 # Of a feature that can be 0, a relative error is taken where it is at least this share of its public range.
 _LEAST_SHARE = 0.01
@@ -216,7 +219,8 @@ def _kept(
 ) -> Kept:
     inputs = {
         "plan": plan.digest,
-        "encoder": plan.autoencoder.model_dump(mode="json"),
+        "encoder": _encoder_plan(experiment, column, data).digest,
+        "profiles": hashlib.sha256(np.ascontiguousarray(data.encoder_profiles).tobytes()).hexdigest(),
         "seed": experiment.spec.seed,
         "data": data.description,
         "folds": len(np.unique(folds)),
@@ -278,11 +282,16 @@ def _predict(plan: StudyPlan, state: State, genes: NDArray[np.floating]) -> NDAr
         return model(tensor(genes))[0].numpy()
 
 
+def _encoder_plan(experiment: Experiment, column: Column, data: RadiogenomicData) -> StudyPlan:
+    """The plan of the encoder; that of the column leaves it out."""
+    changes = merged(experiment.spec.plan, column.plan)
+    return network_plan("autoencoder", changes, {"further": len(data.encoder_profiles)}, data.panel, math.inf)
+
+
 def _encoder(experiment: Experiment, column: Column, data: RadiogenomicData) -> GeneAutoencoder:
     """An autoencoder of the profiles of further people, whom no fold holds; without privacy, as public weights are."""
     profiles = tensor(data.encoder_profiles)
-    changes = merged(experiment.spec.plan, column.plan)
-    plan = network_plan("autoencoder", changes, {"further": len(profiles)}, data.panel, math.inf)
+    plan = _encoder_plan(experiment, column, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(experiment.spec.seed)
         model = make_autoencoder(plan)

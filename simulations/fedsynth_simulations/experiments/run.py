@@ -37,13 +37,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a runner gives back; the rest of a `Result` is known without it."""
+    """What a runner gives back; the rest of a `Result` is known without it.
+
+    `ran` is the specification that the columns trained by, where a search changed it.
+    """
 
     data: str
     tables: list[Table]
     curves: list[Curves] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ran: Spec | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ def _result(name: str, experiment: Experiment, findings: Findings, seconds: floa
         paper=spec.paper,
         data=findings.data,
         not_private=[column.name for column in spec.columns if not column.private],
-        settings=_settings(spec),
+        settings=_settings(findings.ran or spec),
         seed=spec.seed,
         machine=machine(),
         date=datetime.now(UTC).date().isoformat(),

@@ -36,9 +36,12 @@ from fedsynth.toml import load_toml
 
 DataKind = Literal["tumour-slices", "tcga-lgg", "expression", "simulated"]
 # The module of this package that runs a specification. Each offers `Options` and `ColumnOptions`, tables of the file
-# (`fedsynth.plan.Section`), and ``run(experiment: Experiment) -> Findings`` (`fedsynth_simulations.experiments.run`).
+# (`fedsynth.plan.Section`), `SECTIONS`, the sections of the plan that it heeds, and
+# ``run(experiment: Experiment) -> Findings`` (`fedsynth_simulations.experiments.run`).
 Runner = Literal["images", "detection", "autoencoder", "radiogenomics", "translation"]
 RUNNERS: tuple[Runner, ...] = get_args(Runner)
+# Sections of the plan that decide how the data are prepared, which all columns share.
+_OF_DATA = ("image", "morphology", "label")
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -120,6 +123,23 @@ class Spec(Section):
                 unknown = sorted(set(keys) - set(known.model_fields)) if known else [section]
                 if unknown:
                     raise ValueError(f"{place}.{section}: the study plan has no {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
+    def _plan_keys_are_heeded(self) -> Self:
+        # What is not heeded would still be printed beside the results as a setting.
+        heeded = runner_module(self.runner).SECTIONS
+        columns = {f"columns.{column.slug}.plan": column.plan for column in self.columns}
+        for place, overrides in ({"plan": self.plan, "quick.plan": self.quick.plan} | columns).items():
+            if ignored := sorted(set(overrides) - heeded):
+                raise ValueError(f"{place}: the runner {self.runner!r} does not look at {', '.join(ignored)}")
+            if "epsilon" in overrides.get("privacy", {}):
+                raise ValueError(f"{place}.privacy.epsilon: a column's epsilon is its own key, by which it is marked")
+        for place, overrides in columns.items():
+            if shared := [section for section in _OF_DATA if section in overrides]:
+                raise ValueError(
+                    f"{place}.{shared[0]}: all columns share the data, so this belongs in plan.{shared[0]}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from fedsynth_server.forecast import HARD, HOPELESS, noise_to_signal
 from fedsynth_simulations.benchmarking.slices import train_class_network
 from fedsynth_simulations.experiments.bench import at_32, with_interval
 from fedsynth_simulations.experiments.data import ImageData, load_images, simulated_images
-from fedsynth_simulations.experiments.rendering import write_grid
+from fedsynth_simulations.experiments.rendering import NOT_PRIVATE, write_grid
 from fedsynth_simulations.experiments.run import Experiment, Findings
 from fedsynth_simulations.experiments.translating import (
     ColumnOptions,
@@ -41,6 +41,7 @@ COPY, MATCHED, UNTOUCHED = "copy of the source", "histogram of the target", "unt
 _NOISE = f"Noise over signal, by the forecast (up to {HARD:g} it learns, above {HOPELESS:g} it drowns)"
 _QUANTILES = np.linspace(0, 1, 257)
 _PRIVATE_FOLDER = "of-real-patients"
+SECTIONS = frozenset({"image", "translation"})  # of the plan, that a specification may set
 
 
 class Options(Section):
@@ -157,6 +158,12 @@ def _by_classifier(experiment: Experiment, trained: Mapping[str, Translators], o
     kept = f"Share of held-out slices of {task.target} taken for {task.target} (translated back: lower is better)"
     area = roc_auc(np.concatenate(untouched), np.repeat([False, True], [len(each) for each in untouched]))
     note = f"The classifier's own area under the ROC curve on these slices, untouched, is {area:.2f}"
+    if task.kind == "sites":
+        counts = [len(np.unique(each.owners)) for each in (source, target)]
+        note += (
+            f". Held out are {counts[0]} patients of {task.source} and {counts[1]} of {task.target}, who train nothing "
+        )
+        note += "in this table, in place of those of the other tables: so few that the intervals are too narrow"
     rows = [
         experiment.row("taken", taken, _cells({n: s > 0 for n, s in forth.items()}, source.owners, rng), note),
         experiment.row("kept", kept, _cells({n: s > 0 for n, s in back.items()}, target.owners, rng)),
@@ -255,7 +262,7 @@ def _pictures(
         write_grid(folder / file, grid, shown)
         what = f"{each.task.source}, translated to {each.task.target}"
         what += f", and the true {each.task.target}" if each.task.kind == "sequences" else ""
-        mark = "" if column.private else ", not private"
+        mark = "" if column.private or NOT_PRIVATE in column.name else f", {NOT_PRIVATE}"
         pictures.append(Picture(file=file, caption=f"Held-out simulated slices, {column.name}{mark}. Rows: {what}."))
     if simulated:
         return pictures, []

@@ -77,7 +77,7 @@ def scores(bench: Bench) -> Measured:
         am[column], mode[column] = _am(found, reference, bench), _mode(found, reference, bench)
     row = bench.experiment.row
     note = f"Classifier of {classes} classes trained on the real training slices; it reaches {_test_accuracy(bench):.2f} on "
-    note += f"test slices. With {classes} classes the Mode score lies between 0 and {classes}"
+    note += f"test slices. With {classes} classes the Mode score lies between 0 and {classes}. Column real: test slices"
     by_step, by_resolution = _over_time(bench, reference)
     return Measured(
         [

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from fedsynth_simulations.experiments.bench import REAL, Bench, Measured, with_interval
 from fedsynth_simulations.experiments.values import Cell, Row
 
+_REAL_NOTE = "Column real: test slices"
 _FLAT = 1e-6  # variance of edges below which a picture has none
 
 
@@ -26,7 +27,8 @@ def consistency(bench: Bench) -> Measured:
             for column, (images, _, owners) in sets.items()
         }
         what = f"Correlation of edges, {names[first]} and {names[second]} (near real is good)"
-        rows.append(bench.experiment.row(f"edges-{names[first]}-{names[second]}".lower(), what, cells))
+        key = f"edges-{names[first]}-{names[second]}".lower()
+        rows.append(bench.experiment.row(key, what, cells, _REAL_NOTE))
     contrast = {}
     for column, (images, masks, owners) in sets.items():
         inside = [
@@ -44,7 +46,7 @@ def consistency(bench: Bench) -> Measured:
             for column, (found, owners) in contrast.items()
         }
         what = f"Brightness of the tumour over that of the slice, {name} (near real is good)"
-        rows.append(bench.experiment.row(f"contrast-{name}".lower(), what, cells))
+        rows.append(bench.experiment.row(f"contrast-{name}".lower(), what, cells, _REAL_NOTE))
     return Measured(rows)
 
 
