@@ -6,13 +6,15 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedsynth.errors import UsageError
+from fedsynth_simulations.experiments import run as run_module
 from fedsynth_simulations.experiments import spec as spec_module
 from fedsynth_simulations.experiments.cli import app
 from fedsynth_simulations.experiments.rendering import table_text
-from fedsynth_simulations.experiments.run import run_experiment
+from fedsynth_simulations.experiments.run import Experiment, Kept, run_experiment
 from fedsynth_simulations.experiments.spec import find, load_spec, names
 from fedsynth_simulations.experiments.values import Cell, Result, Row, Table
 
@@ -115,6 +117,23 @@ def test_without_its_data_an_experiment_says_how_the_folder_must_look(tmp_path):
     with pytest.raises(UsageError) as caught:
         run_experiment(find("multi-sequence"), None, tmp_path / "out", quick=False)
     assert "FLAIR" in caught.value.hint
+
+
+def test_work_that_was_interrupted_while_it_was_kept_is_not_taken_for_earlier_work(tmp_path, monkeypatch):
+    experiment = Experiment(load_spec(written(tmp_path, MINIMAL)), None, tmp_path, False)
+
+    def kept(value: float) -> float:
+        made = experiment.kept("part", {"value": value}, lambda: Kept({"x": torch.tensor([value])}))
+        return float(made.arrays["x"])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert kept(1.0) == 1.0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "write_json", interrupted)
+        kept(2.0)
+    assert kept(1.0) == 1.0
 
 
 def test_the_command_lists_what_is_shipped():
