@@ -111,9 +111,8 @@ class Experiment:
         say(f"{name}: at work")
         made = make()
         where.mkdir(parents=True, exist_ok=True)
-        (where / "facts.json").unlink(
-            missing_ok=True
-        )  # those of other inputs, which must not stand beside these arrays
+        # Those of other inputs must not stand beside these arrays.
+        (where / "facts.json").unlink(missing_ok=True)
         contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in made.arrays.items()}
         write_atomic(where / "arrays.safetensors", save(contiguous))
         facts = made.facts | {"seconds": round(time.monotonic() - started, 1)}
