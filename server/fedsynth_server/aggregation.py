@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 
@@ -85,3 +86,17 @@ def summed(states: Mapping[str, State]) -> State:
 def moving_average(average: State, new: State, decay: float) -> State:
     """``decay * average + (1 - decay) * new``: the exponential moving average of the generator over rounds."""
     return {name: decay * average[name] + (1 - decay) * new[name] for name in new}
+
+
+def averaging_decay(plan: StudyPlan, number: int) -> float:
+    """Decay of the generator's moving average in round `number` (from 1).
+
+    It is 0 in the first round of a generator that started from random weights, and in the first of each resolution of a
+    growing one: until then its layers, or those of the resolution, held weights that nobody trained, and a short study
+    would release a good part of them.
+    """
+    untrained = plan.gan.warm_start is None and plan.embedding is None
+    firsts = {1} if untrained else set()
+    if plan.gan.growth:
+        firsts |= {1, *(1 + rounds for rounds in accumulate(plan.gan.growth))}
+    return 0.0 if number in firsts else plan.gan.ema_decay

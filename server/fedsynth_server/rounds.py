@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 
 from flwr.app import Message, RecordDict
@@ -40,7 +39,7 @@ from fedsynth.records import (
     task_weights,
     to_record,
 )
-from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, summed
+from fedsynth_server.aggregation import averaging_decay, bounded, combined, moving_average, site_weights, summed
 from fedsynth_server.checkpoint import CurveRow, Evaluated, Receipt, StudyState, first_state, load_state, save_state
 from fedsynth_server.fitting.fit import fit_statistic, statistic_template
 from fedsynth_server.site_evaluation import TOTAL, evaluation_template, make_evaluators, save_site_evaluation
@@ -479,7 +478,7 @@ def _aggregate(
         result = combined(received, site_weights(plan, sites), plan.aggregation)
     weights = {**state.weights, WEIGHTS[module]: result}
     if module == "gan":
-        weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, _memory(plan, number))
+        weights["generator_ema"] = moving_average(state.weights["generator_ema"], result, averaging_decay(plan, number))
     rows: list[CurveRow] = [{"round": number, "site": site, **replies[site].progress} for site in sites]
     receipts = {**state.receipts}
     for site in sites:
@@ -491,15 +490,6 @@ def _aggregate(
         curves={**state.curves, module: state.curves[module] + rows},
         receipts=receipts,
     )
-
-
-def _memory(plan: StudyPlan, number: int) -> float:
-    """Decay of the generator's average in a round; 0 in the first of each resolution of a growing one.
-
-    Before that round the resolution's layers held their first weights, which are not to be averaged with trained ones.
-    """
-    firsts = [1, *(1 + rounds for rounds in accumulate(plan.gan.growth))] if plan.gan.growth else []
-    return 0.0 if number in firsts else plan.gan.ema_decay
 
 
 def _from_encoder(plan: StudyPlan, state: StudyState) -> State:

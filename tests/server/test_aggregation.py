@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from fedsynth.plan import AggregationPlan, StudyPlan
+from fedsynth.plan import AggregationPlan, StudyPlan, WarmStart
 from fedsynth.records import State
-from fedsynth_server.aggregation import bounded, combined, moving_average, site_weights, update_norm, weighted_average
+from fedsynth_server.aggregation import (
+    averaging_decay,
+    bounded,
+    combined,
+    moving_average,
+    site_weights,
+    update_norm,
+    weighted_average,
+)
 
 FINITE = st.floats(-1e3, 1e3, width=32)
 ARRAYS = numpy_strategies.arrays(np.float32, (3, 2), elements=FINITE)
@@ -144,3 +152,17 @@ def test_a_trim_that_leaves_nobody_out_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves nobody out"):
         AggregationPlan.model_validate({**asked, "trim": 0.2})
     AggregationPlan.model_validate({**asked, "trim": 0.25})
+
+
+def test_weights_that_nobody_trained_are_no_part_of_the_average(tiny_plan: StudyPlan) -> None:
+    from_random = tiny_plan.model_copy(update={"gan": tiny_plan.gan.model_copy(update={"warm_start": None})})
+    public = WarmStart(generator_sha256="a" * 64, discriminator_sha256="b" * 64, provenance="public slices")
+    from_public = tiny_plan.model_copy(update={"gan": tiny_plan.gan.model_copy(update={"warm_start": public})})
+    grown = from_public.model_copy(
+        update={"gan": from_public.gan.model_copy(update={"rounds": 6, "growth": [1, 2, 3]})}
+    )
+    decay = tiny_plan.gan.ema_decay
+    assert decay > 0
+    assert [averaging_decay(from_random, number) for number in (1, 2, 3)] == [0.0, decay, decay]
+    assert [averaging_decay(from_public, number) for number in (1, 2)] == [decay, decay]
+    assert [averaging_decay(grown, number) for number in range(1, 7)] == [0.0, 0.0, decay, 0.0, decay, decay]

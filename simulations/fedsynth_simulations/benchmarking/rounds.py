@@ -14,7 +14,7 @@ from fedsynth.plan import StudyPlan
 from fedsynth.records import State
 from fedsynth.synthesis import SyntheticProfiles
 from fedsynth_client.training.adversarial import ImagePatients, train_gan
-from fedsynth_server.aggregation import moving_average, weighted_average
+from fedsynth_server.aggregation import averaging_decay, moving_average, weighted_average
 
 # Round from 1, and what stands after it.
 Observer = Callable[[int, "Standing"], None]
@@ -70,7 +70,7 @@ def train_rounds(
             )
             replies[name], local[name], progress[name] = block.weights, block.local, block.progress
         shared = weighted_average(replies, weights)
-        average = moving_average(standing.average, shared, plan.gan.ema_decay)
+        average = moving_average(standing.average, shared, averaging_decay(plan, number + 1))
         standing = Standing(average, dict(local), progress)
         observe(number + 1, standing)
     return standing
