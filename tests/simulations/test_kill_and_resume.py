@@ -32,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import typer
 import fedsynth.cli as cli
 import fedsynth_client.rounds as site_rounds
-import fedsynth_client.training.adversarial as adversarial
+import fedsynth_client.training.learner as learner
 import fedsynth_server.rounds as server_rounds
 from fedsynth_client.app import app as client_app
 from fedsynth_server.app import app as server_app
@@ -68,7 +68,7 @@ MOMENTS = {
     # The first saving is that of the start; the third would be that of round 2, which both sites have released.
     "between the sites' release and the coordinator's checkpoint": 'at(server_rounds, "save_state", 3)',
     "between a stored result and its entry in the ledger": 'at(site_rounds.Outbox, "store", 6, after=True)',
-    "in the middle of training the discriminator": 'at(adversarial, "private_step", 8)',
+    "in the middle of training the discriminator": 'at(learner, "private_step_of", 8)',
 }
 
 

@@ -208,14 +208,17 @@ def sampling_rate(plan: StudyPlan, site: str, module: Activity, repeats: int = 4
     unlike = math.sqrt(max(1 / share**2 - 1, 0.0) * high) * float(norm.isf(_ALARM / 2)) if share else 0.0
     same = share >= 1 - _TOLERANCE
     whole = not same or all(abs(drawn - round(drawn)) <= 0.1 for drawn in draws)
+    # Longer than 1: somebody was drawn, or counted, more than once, and the mean would hide it from what is drawn later.
+    once = 0 < share <= 1 + _TOLERANCE
     slack = 0.0 if same else unlike
     least, most = low * (1 - _TOLERANCE) - slack, high * (1 + _TOLERANCE) + slack
     return MechanismCheck(
         id="sampling-rate",
         title="Patients are drawn as often as was charged",
         module=module,
-        ok=share > 0 and whole and least <= total <= most,
-        finding=f"{repeats} steps drew {total:.0f} of {patients} made-up patients; at the charged rate of "
+        ok=once and whole and least <= total <= most,
+        finding=f"The mean over a step that draws everybody is {share:.2f} long, where 1 is the most. {repeats} steps drew "
+        f"{total:.0f} of {patients} made-up patients; at the charged rate of "
         f"{block.sample_rate:.4f} chance alone gives {least:.0f} to {most:.0f}.",
     )
 
