@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from fedsynth.models.growth import Stage
 
 
-class ImageGenerator(nn.Module):
+class ImageGenerator(nn.Module, ABC):
     """(z, condition) -> image channels and mask channel, all in [-1, 1].
 
     Attributes:
@@ -16,29 +18,29 @@ class ImageGenerator(nn.Module):
 
     latent_dim: int
 
+    @abstractmethod
     def forward(self, z: Tensor, condition: Tensor, stage: Stage | None = None) -> Tensor:
         """z (B, latent_dim), condition (B, c) -> (B, channels, s, s), s the plan's size or that of the stage.
 
         Raises:
             ValueError: a stage of a network that does not grow.
         """
-        raise NotImplementedError
 
 
-class ImageDiscriminator(nn.Module):
+class ImageDiscriminator(nn.Module, ABC):
     """(image and mask channels, condition) -> score, the larger the more the patient's slice seems real."""
 
+    @abstractmethod
     def forward(self, x: Tensor, condition: Tensor, stage: Stage | None = None) -> Tensor:
         """x (B, channels, s, s) in [-1, 1], condition (B, c) -> scores (B,), without a sigmoid.
 
         Raises:
             ValueError: a stage of a network that does not grow.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, x: Tensor, condition: Tensor, stage: Stage | None = None) -> list[Tensor]:
         """The feature maps (B, ...) that lead to the score, from the image inwards (Salimans et al. 2016)."""
-        raise NotImplementedError
 
 
 def refuse_stage(stage: Stage | None) -> None:
